@@ -1,0 +1,35 @@
+"""Identifiers: UUIDv7 (RFC 9562 §5.7), sorted by time of making, and request ids."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from uuid import UUID
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{8,64}\Z")
+
+
+def uuid7(unix_ms: int | None = None) -> UUID:
+    """A UUIDv7: 48 bits of milliseconds, then 74 random bits."""
+    ms = time.time_ns() // 1_000_000 if unix_ms is None else unix_ms
+    value = int.from_bytes(os.urandom(10), "big")
+    rand_a, rand_b = (value >> 62) & 0xFFF, value & ((1 << 62) - 1)
+    return UUID(int=(ms & ((1 << 48) - 1)) << 80 | 0x7 << 76 | rand_a << 64 | 0b10 << 62 | rand_b)
+
+
+def uuid7_unix_ms(value: UUID) -> int:
+    """The millisecond at which a UUIDv7 was made."""
+    return value.int >> 80
+
+
+def request_id() -> str:
+    """A new request id: `req_` and 32 hexadecimal digits."""
+    return f"req_{uuid7().hex}"
+
+
+def accepted_request_id(offered: str | None) -> str:
+    """A caller's own request id when it is harmless (8 to 64 of [A-Za-z0-9._-]), else a new one."""
+    if offered and _REQUEST_ID.match(offered):
+        return offered
+    return request_id()

@@ -1,0 +1,30 @@
+"""The chat backend that runs inside Triton's Python stub: one contract for every engine.
+
+Facts for whoever starts tritonserver
+- Python 3.11 or 3.12, `numpy<2`, `xllamacpp`; nothing of `shared/` or of the services is imported.
+- `triton_models/<build>/1/model.py` appends the repository root (three folders up, links resolved) to
+  `sys.path` and imports `services.inference.backend.model`. Where the model repository is *copied* away
+  from the code, start tritonserver with PYTHONPATH=<repository root>.
+- config.pbtxt names no environment: start tritonserver with the Triton environment's `bin` first in
+  PATH, and the stub's embedded interpreter finds that environment's site-packages through pyvenv.cfg.
+- Everything else is a `parameters` entry of config.pbtxt: see `config.py` here for names and units.
+
+The contract
+- Input REQUEST BYTES[1]: an OpenAI chat body as JSON, plus `op`: absent or "chat", or "count".
+- Request parameters `tg_priority` (int, smaller first, default 2), `tg_tenant` (string). The request's
+  `timeout` (microseconds) is its deadline, queueing and generating together.
+- Output RESPONSE BYTES[1] each: one `chat.completion.chunk`. Its last member is always the cumulative
+  `"usage":{"prompt_tokens","completion_tokens","total_tokens","prompt_tokens_details":{"cached_tokens"}}`;
+  `model` echoes the body's, `system_fingerprint` is the build. The chunk that carries `finish_reason` has
+  the final usage; there is no separate usage chunk with empty choices, whatever `stream_options` says.
+- `op: count`: one response `{"prompt_tokens": n, "context_tokens": m}`, m per request.
+- Errors: a TritonError whose message is `{"code", "message"}`; codes in `errors.py`.
+- The stream ends with an empty final response (`triton_final_response`).
+
+Which thread does what
+- Triton's thread calls `execute`: it wraps a request into a `Job` and hands it over, nothing else.
+- one intake thread parses and counts; it refuses what cannot be served, before it can occupy the queue;
+- `slots` worker threads take jobs from the fair queue and run the engine;
+- one dispatcher thread owns every response sender and every metric (both crash the server when touched
+  from several threads) and finds out about cancellation and deadlines.
+"""

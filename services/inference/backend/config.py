@@ -1,0 +1,80 @@
+"""The `parameters` of config.pbtxt, checked. Every limit of the backend is one of them.
+
+| parameter | unit, default | meaning |
+|---|---|---|
+| engine | llama.cpp | the adapter |
+| weights | model.gguf | file beside model.py |
+| context_tokens | tokens, required | prompt + completion of one request |
+| slots | required | requests generated at the same time |
+| threads | 0 = all cores | compute threads of the engine |
+| n_gpu_layers | 0 | layers on the GPU; -1 = all |
+| batch_tokens | 64 | prompt tokens computed at once; a cancel during prefill waits for one such batch |
+| prompt_cache_mib | 64 | memory for prompts of earlier requests |
+| queue_max, tenant_queue_max | 64, 32 | waiting requests, in all and of one tenant |
+| intake_max | 256 | requests that were not looked at yet |
+| request_bytes_max | 4194304 | size of a body |
+| completion_tokens_default | 0 = to the end of the context | when the body names no limit |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """See the module's table."""
+
+    build: str
+    weights: Path
+    engine: str
+    context_tokens: int
+    slots: int
+    threads: int
+    n_gpu_layers: int
+    batch_tokens: int
+    prompt_cache_mib: int
+    queue_max: int
+    tenant_queue_max: int
+    intake_max: int
+    request_bytes_max: int
+    completion_tokens_default: int
+
+    @staticmethod
+    def parse(build: str, folder: Path, parameters: Mapping[str, str]) -> "BackendConfig":
+        """`folder` holds model.py. Raises ValueError, naming build and parameter."""
+
+        def integer(name: str, default: int | None, least: int, most: int = 1 << 31) -> int:
+            text = parameters.get(name)
+            if text is None:
+                if default is None:
+                    raise ValueError(f"{build}: config.pbtxt lacks the parameter {name!r}")
+                return default
+            try:
+                value = int(text)
+            except ValueError:
+                raise ValueError(f"{build}: parameter {name!r} is not an integer: {text!r}") from None
+            if not least <= value <= most:
+                raise ValueError(f"{build}: parameter {name!r} is {value}, outside {least}..{most}")
+            return value
+
+        queue_max = integer("queue_max", 64, 1, 100_000)
+        config = BackendConfig(
+            build=build,
+            weights=folder / parameters.get("weights", "model.gguf"),
+            engine=parameters.get("engine", "llama.cpp"),
+            context_tokens=integer("context_tokens", None, 16),
+            slots=integer("slots", None, 1, 256),
+            threads=integer("threads", 0, 0, 1024),
+            n_gpu_layers=integer("n_gpu_layers", 0, -1, 10_000),
+            batch_tokens=integer("batch_tokens", 64, 8, 65_536),
+            prompt_cache_mib=integer("prompt_cache_mib", 64, 0, 1 << 20),
+            queue_max=queue_max,
+            tenant_queue_max=integer("tenant_queue_max", max(1, queue_max // 2), 1, queue_max),
+            intake_max=integer("intake_max", 256, 1, 100_000),
+            request_bytes_max=integer("request_bytes_max", 4 << 20, 1024),
+            completion_tokens_default=integer("completion_tokens_default", 0, 0),
+        )
+        if not config.weights.is_file():
+            raise ValueError(f"{build}: no weights at {config.weights}")
+        return config

@@ -1,0 +1,38 @@
+"""One request on its way through the backend."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from services.inference.backend.engine import Usage
+from services.inference.backend.errors import BackendError, cancelled, deadline_exceeded
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Moments are seconds on the monotonic clock.
+
+    Written by one thread at a time: the intake thread sets `request`, a worker `started_at`, the
+    dispatcher `stop` and everything below it. Passing the job through a queue orders these writes.
+    """
+
+    sender: Any  # Triton's response sender; only the dispatcher may touch it
+    body: bytes
+    priority: int
+    tenant: str
+    received_at: float
+    deadline: float | None
+    request: dict[str, Any] = field(default_factory=dict)
+    started_at: float | None = None
+    stop: Literal["cancelled", "deadline_exceeded"] | None = None
+    """Why nobody wants the rest. The thread that has the job sees it and ends the job."""
+    first_token_at: float | None = None
+    usage: Usage = Usage()
+    ended: bool = False
+
+    def is_stopped(self) -> bool:
+        return self.stop is not None
+
+    def stop_error(self) -> BackendError:
+        """The error that ends a stopped job."""
+        assert self.stop is not None
+        return cancelled() if self.stop == "cancelled" else deadline_exceeded()

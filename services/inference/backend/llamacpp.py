@@ -1,0 +1,232 @@
+"""The llama.cpp adapter, in process through xllamacpp; CPU or CUDA is `n_gpu_layers` and the wheel.
+
+What it has to know about this engine
+- `n_ctx` is the total over the slots.
+- The engine always opens an HTTP side. It listens on a loopback port of its choice behind a random key
+  and is used for one thing: `/v1/chat/completions/input_tokens`, which renders the template and
+  tokenizes without taking a slot (there is no such call in the binding).
+- A callback that returns True stops generation; during prefill the engine calls back only with
+  `return_progress`, once a batch of `n_batch` tokens.
+- `timings` with `timings_per_token`: `prompt_n` counts only what was computed now, `cache_n` what came
+  from the prompt cache; their sum is the prompt. The first chunk (the role) has none.
+- Exceptions in a callback are swallowed, so they are kept and raised here.
+- Errors of the request arrive as exceptions before generation, or as one `{"error"}` chunk.
+"""
+
+import http.client
+import json
+import os
+import re
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import xllamacpp
+
+from services.inference.backend.config import BackendConfig
+from services.inference.backend.engine import Cancelled, OnChunk, Usage
+from services.inference.backend.errors import BackendError, context_length_exceeded, engine_failed
+
+COUNT_TIMEOUT_S = 10.0
+HTTP_THREADS = 2
+MESSAGE_CHARACTERS_MAX = 200
+
+# What of an OpenAI body reaches the engine. Its private fields (slots, grammars, adapters) stay out.
+FORWARDED = (
+    "messages",
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "ignore_eos",
+)
+
+# Unescaped quotes cannot occur inside a JSON string, so these match members and never model output.
+_TIMINGS = ',"timings":{'
+_PROGRESS = '"prompt_progress":{'
+_FINGERPRINT = re.compile(r'"system_fingerprint":"[^"]*"')
+_TOKENS = re.compile(r'"cache_n":(\d+),"prompt_n":(\d+),.*"predicted_n":(\d+),')
+_PROMPT = re.compile(r'"prompt_progress":\{"total":(\d+),"cache":(\d+),')
+
+
+class LlamaCpp:
+    """Implements `engine.Engine`."""
+
+    def __init__(self, config: BackendConfig) -> None:
+        """Load the model. Raises RuntimeError when the engine cannot."""
+        self._context_tokens = config.context_tokens
+        self._slots = config.slots
+        self._completion_tokens_default = config.completion_tokens_default
+        self._fingerprint = f'"system_fingerprint":{json.dumps(config.build)}'
+        self._key = secrets.token_urlsafe(32)
+        self._server = xllamacpp.Server(_parameters(config, self._key))
+        address = str(self._server.listening_address).removeprefix("http://")
+        self._host, _, port = address.rpartition(":")
+        self._port = int(port)
+        self._local = threading.local()
+
+    @property
+    def context_tokens(self) -> int:
+        return self._context_tokens
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> None:
+        stream = _Stream(on_chunk, cancelled, self._fingerprint)
+        body = self._forwarded(request)
+        body.update(stream=True, timings_per_token=True, return_progress=True)
+        try:
+            self._server.handle_chat_completions(json.dumps(body), stream)
+        except (ValueError, TypeError) as error:
+            raise BackendError("invalid_request", _sentence(str(error)), repr(error)) from error
+        except RuntimeError as error:
+            raise engine_failed(repr(error)) from error
+        if stream.failure is not None:
+            raise stream.failure
+
+    def count(self, request: Mapping[str, Any]) -> int:
+        status, answer = self._post("/v1/chat/completions/input_tokens", self._forwarded(request))
+        if status == http.client.OK and isinstance(answer.get("input_tokens"), int):
+            return int(answer["input_tokens"])
+        raise _refusal(answer, self._context_tokens)
+
+    def close(self) -> None:
+        del self._server
+
+    def _forwarded(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        body = {name: request[name] for name in FORWARDED if request.get(name) is not None}
+        limit = request.get("max_completion_tokens") or request.get("max_tokens")
+        if limit or self._completion_tokens_default:
+            body["max_tokens"] = limit or self._completion_tokens_default
+        return body
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """One connection a thread; the engine drops idle ones, so a dropped one is opened once more."""
+        content = json.dumps(body)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        for attempt in (1, 2):
+            connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = http.client.HTTPConnection(self._host, self._port, timeout=COUNT_TIMEOUT_S)
+                self._local.connection = connection
+            try:
+                connection.request("POST", path, content, headers)
+                response = connection.getresponse()
+                answer = json.loads(response.read())
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                connection.close()
+                self._local.connection = None
+                if attempt == 2:
+                    raise engine_failed(f"{path}: {error!r}") from error
+            else:
+                return response.status, answer if isinstance(answer, dict) else {}
+        raise AssertionError("unreachable")
+
+
+class _Stream:
+    """The callback of one request: engine chunk in, contract chunk out; True stops the engine."""
+
+    __slots__ = ("_cancelled", "_fingerprint", "_on_chunk", "_usage", "failure")
+
+    def __init__(self, on_chunk: OnChunk, cancelled: Cancelled, fingerprint: str) -> None:
+        self._on_chunk = on_chunk
+        self._cancelled = cancelled
+        self._fingerprint = fingerprint
+        self._usage = Usage()
+        self.failure: BackendError | None = None
+
+    def __call__(self, chunk: str) -> bool:
+        try:
+            return self._cancelled() or self._take(chunk)
+        except Exception as error:  # noqa: BLE001 - the binding would swallow it
+            self.failure = engine_failed(f"chunk handling: {error!r}")
+            return True
+
+    def _take(self, chunk: str) -> bool:
+        if _PROGRESS in chunk:
+            self._prompt_progress(chunk)
+            return False
+        if chunk.startswith('{"error"'):
+            self.failure = _refusal(json.loads(chunk), None)
+            return True
+        end = chunk.rfind(_TIMINGS)
+        if end < 0:
+            end = chunk.rindex("}")
+        elif (tokens := _TOKENS.search(chunk, end)) is not None:
+            cached, computed, completion = tokens.groups()
+            self._usage = Usage(int(cached) + int(computed), int(cached), int(completion))
+        usage = self._usage
+        head = _FINGERPRINT.sub(self._fingerprint, chunk[:end], count=1)
+        self._on_chunk(
+            (
+                f'{head},"usage":{{"prompt_tokens":{usage.prompt_tokens},'
+                f'"completion_tokens":{usage.completion_tokens},'
+                f'"total_tokens":{usage.prompt_tokens + usage.completion_tokens},'
+                f'"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}}}}}'
+            ).encode(),
+            usage,
+        )
+        return False
+
+    def _prompt_progress(self, chunk: str) -> None:
+        progress = _PROMPT.search(chunk)
+        if progress is not None:
+            self._usage = Usage(int(progress[1]), int(progress[2]), 0)
+
+
+def _parameters(config: BackendConfig, key: str) -> Any:
+    threads = config.threads or os.cpu_count() or 1
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(config.weights)
+    parameters.model_alias = {config.build}
+    parameters.n_parallel = config.slots
+    parameters.n_ctx = config.context_tokens * config.slots
+    parameters.cpuparams.n_threads = threads
+    parameters.cpuparams_batch.n_threads = threads
+    parameters.n_gpu_layers = config.n_gpu_layers
+    parameters.n_batch = config.batch_tokens
+    parameters.n_ubatch = config.batch_tokens
+    parameters.cache_ram_mib = config.prompt_cache_mib
+    parameters.warmup = False
+    parameters.verbosity = -1
+    parameters.hostnames = ["127.0.0.1"]
+    parameters.port = 0
+    parameters.api_keys = [key]
+    parameters.n_threads_http = HTTP_THREADS
+    parameters.endpoint_slots = False
+    parameters.ui = False
+    return parameters
+
+
+def _refusal(answer: Mapping[str, Any], context_tokens: int | None) -> BackendError:
+    """The engine's `{"error": {...}}` in our terms."""
+    error = answer.get("error")
+    if not isinstance(error, dict):
+        return engine_failed(f"unexpected answer: {str(answer)[:MESSAGE_CHARACTERS_MAX]}")
+    if error.get("type") == "exceed_context_size_error":
+        return context_length_exceeded(int(error["n_prompt_tokens"]), context_tokens or int(error["n_ctx"]))
+    message = str(error.get("message", ""))
+    if error.get("type") == "invalid_request_error":
+        return BackendError("invalid_request", _sentence(message), message)
+    return engine_failed(message[:MESSAGE_CHARACTERS_MAX])
+
+
+def _sentence(message: str) -> str:
+    """The engine's own words about a bad body: one line, printable, short."""
+    line = "".join(character for character in message.partition("\n")[0] if character.isprintable())
+    return f"The engine refuses the request: {line[:MESSAGE_CHARACTERS_MAX]}"

@@ -1,0 +1,44 @@
+"""The REQUEST tensor's JSON, checked as far as every engine needs it."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from services.inference.backend.errors import BackendError
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """`body` is the OpenAI chat body without `op`."""
+
+    op: Literal["chat", "count"]
+    body: dict[str, Any]
+
+
+def invalid(message: str) -> BackendError:
+    return BackendError("invalid_request", message)
+
+
+def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
+    """Raises BackendError (invalid_request)."""
+    if len(raw) > bytes_max:
+        raise invalid(f"The request is larger than {bytes_max} bytes.")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise invalid("The request is not valid JSON.") from None
+    if not isinstance(body, dict):
+        raise invalid("The request must be a JSON object.")
+    op = body.pop("op", "chat")
+    if op not in ("chat", "count"):
+        raise invalid("`op` must be `chat` or `count`.")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise invalid("`messages` must be a non-empty array of objects.")
+    if body.get("n") not in (None, 1):
+        raise invalid("`n` must be 1 here; send one request for each choice.")
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise invalid(f"`{name}` must be a positive integer.")
+    return ParsedRequest(cast('Literal["chat", "count"]', op), body)

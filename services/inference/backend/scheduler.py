@@ -1,0 +1,164 @@
+"""Intake, queue and workers: everything between `execute` and the dispatcher, free of Triton.
+
+A job ends exactly once, by one event: Reply (op count), or End after any number of Chunk. Whoever has the
+job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
+worker otherwise.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.inference.backend import errors, request
+from services.inference.backend.config import BackendConfig
+from services.inference.backend.engine import Engine, Usage
+from services.inference.backend.errors import BackendError
+from services.inference.backend.job import Job
+from services.inference.backend.queue import FairQueue, QueueClosed, QueueFull
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a stream."""
+
+    job: Job
+    content: bytes
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The whole answer of a job that is no stream."""
+
+    job: Job
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A stream's end: complete, or failed with `error`."""
+
+    job: Job
+    error: BackendError | None
+
+
+Event = Chunk | Reply | End
+
+
+class Scheduler:
+    """Owns the intake thread and one worker thread a slot."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: BackendConfig,
+        post: Callable[[Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`post` hands an event to the dispatcher; it must not block."""
+        self._engine = engine
+        self._config = config
+        self._post = post
+        self._clock = clock
+        self._intake: queue.Queue[Job | None] = queue.Queue(config.intake_max)
+        self._queue: FairQueue[Job] = FairQueue(config.queue_max, config.tenant_queue_max, clock)
+        self._threads = [threading.Thread(target=self._take_in, name="intake")]
+        self._threads += [
+            threading.Thread(target=self._work, name=f"slot-{number}") for number in range(engine.slots)
+        ]
+        self.busy_slots = 0
+        self._busy_lock = threading.Lock()
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._queue)
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Take a job over; never blocks."""
+        try:
+            self._intake.put_nowait(job)
+        except queue.Full:
+            self._post(End(job, errors.queue_full()))
+
+    def withdraw(self, job: Job) -> None:
+        """End a stopped job now if it still waits; otherwise its thread sees `job.stop` and ends it."""
+        if self._queue.remove(job):
+            self._post(End(job, job.stop_error()))
+
+    def expire(self) -> None:
+        """End the waiting jobs whose deadline has passed."""
+        for job in self._queue.expire():
+            self._post(End(job, errors.deadline_exceeded()))
+
+    def close(self) -> None:
+        """End what waits, finish what runs, join every thread."""
+        self._intake.put(None)
+        for job in self._queue.close():
+            self._post(End(job, errors.cancelled()))
+        for thread in self._threads:
+            thread.join()
+
+    def _take_in(self) -> None:
+        while (job := self._intake.get()) is not None:
+            try:
+                self._admit(job)
+            except BackendError as error:
+                self._post(End(job, error))
+            except Exception as error:  # noqa: BLE001 - one bad request must not end the thread
+                self._post(End(job, errors.engine_failed(f"intake: {error!r}")))
+
+    def _admit(self, job: Job) -> None:
+        if job.is_stopped():
+            raise job.stop_error()
+        parsed = request.parse(job.body, self._config.request_bytes_max)
+        prompt_tokens = self._engine.count(parsed.body)
+        context_tokens = self._engine.context_tokens
+        if parsed.op == "count":
+            self._post(
+                Reply(job, b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens))
+            )
+            return
+        if prompt_tokens >= context_tokens:
+            raise errors.context_length_exceeded(prompt_tokens, context_tokens)
+        job.request, job.body = parsed.body, b""
+        try:
+            self._queue.put(job, priority=job.priority, tenant=job.tenant, deadline=job.deadline)
+        except QueueFull:
+            raise errors.queue_full() from None
+        except QueueClosed:
+            raise errors.cancelled() from None
+        if job.is_stopped():  # stopped between the check above and the queue: nobody else would notice
+            self.withdraw(job)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            with self._busy_lock:
+                self.busy_slots += 1
+            error: BackendError | None = None
+            try:
+                self._generate(job)
+            except BackendError as raised:
+                error = raised
+            except Exception as raised:  # noqa: BLE001 - one bad request must not end the slot
+                error = errors.engine_failed(f"worker: {raised!r}")
+            if job.is_stopped():
+                error = job.stop_error()
+            with self._busy_lock:
+                self.busy_slots -= 1
+            self._post(End(job, error))
+
+    def _generate(self, job: Job) -> None:
+        job.started_at = self._clock()
+        if job.is_stopped():
+            return
+        self._engine.generate(
+            job.request,
+            lambda content, usage: self._post(Chunk(job, content, usage)),
+            job.is_stopped,
+        )

@@ -1,0 +1,216 @@
+"""What one stack keeps between runs: where its files are, its secrets, its ports."""
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local.errors import LaunchError
+
+# Below the kernel's default range for outgoing connections (32768 and up), so that no client socket takes one.
+PORT_RANGE = range(20_000, 32_000)
+PORT_ATTEMPTS = 200
+# sockaddr_un holds 108 bytes, the last one a NUL.
+SOCKET_PATH_BYTES = 107
+
+PORT_NAMES = (
+    "gateway_internal",
+    "postgres",
+    "valkey",
+    "unleash",
+    "triton_http",
+    "triton_grpc",
+    "triton_metrics",
+    "auth_http",
+    "auth_grpc",
+    "billing_http",
+    "billing_grpc",
+    "chat_http",
+    "inference_http",
+    "inference_grpc",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Paths of one stack: `root` is the checkout, `state` the directory that holds everything it writes."""
+
+    root: Path
+    state: Path
+
+    @property
+    def stack_id(self) -> str:
+        """Twelve hexadecimal digits that name this stack among those of the machine."""
+        return hashlib.sha256(str(self.state).encode()).hexdigest()[:12]
+
+    @property
+    def log(self) -> Path:
+        return self.state / "log"
+
+    @property
+    def dev_env(self) -> Path:
+        return self.state / "dev.env"
+
+    @property
+    def supervisor_config(self) -> Path:
+        return self.state / "supervisord.conf"
+
+    @property
+    def supervisor_pid(self) -> Path:
+        return self.state / "supervisord.pid"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        """In the state directory, or in a short private one where that path is too long for a socket."""
+        path = self.state / "supervisor.sock"
+        # supervisord binds a temporary name with its pid appended, then renames it.
+        if len(os.fsencode(path)) + len(".4194304") <= SOCKET_PATH_BYTES:
+            return path
+        return Path("/tmp") / f"tollgate-{os.geteuid()}-{self.stack_id}" / "supervisor.sock"  # noqa: S108 mode 700, checked in prepare()
+
+    @property
+    def python(self) -> Path:
+        return self.root / ".venv" / "bin" / "python"
+
+    @property
+    def triton_environment(self) -> Path:
+        return self.root / ".venv-triton"
+
+    @property
+    def unleash_package(self) -> Path:
+        return self.root / "deploy" / "unleash"
+
+    def prepare(self) -> None:
+        """Make the directories. As root others may pass through (PostgreSQL runs as a user of its own), not list.
+
+        Raises LaunchError when a directory cannot be made or belongs to somebody else.
+        """
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self.state.chmod(0o711 if os.geteuid() == 0 else 0o700)
+            for directory in (self.log, self.supervisor_socket.parent):
+                if directory != self.state:
+                    directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise LaunchError(f"The state directory {self.state} cannot be made: {error.strerror}.") from None
+        if self.supervisor_socket.parent.stat().st_uid != os.geteuid():
+            raise LaunchError(f"{self.supervisor_socket.parent} belongs to another user; remove it.")
+
+
+def layout_from(root: Path, environment: Mapping[str, str]) -> Layout:
+    """The layout that TOLLGATE_STATE asks for, `.tollgate` in the checkout without it."""
+    configured = environment.get("TOLLGATE_STATE") or ".tollgate"
+    return Layout(root=root, state=(root / Path(configured).expanduser()).resolve())
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a file atomically; only its owner may read it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def exclusive(layout: Layout) -> Iterator[None]:
+    """Hold the stack's lock, so that two commands never start or stop it at once.
+
+    Raises LaunchError when another command holds it.
+    """
+    with (layout.state / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"Another command is starting or stopping the stack in {layout.state}; wait for it to end."
+            ) from None
+        yield
+
+
+def load_secrets(layout: Layout) -> Mapping[str, str]:
+    """The stack's secrets, generated on the first call and kept (mode 600). New names are added as they appear."""
+    path = layout.state / "secrets.json"
+    kept: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    missing = {name: value for name, value in _generated_secrets() if name not in kept}
+    if missing:
+        kept |= missing
+        write_private(path, json.dumps(kept, indent=1))
+    return kept
+
+
+def _generated_secrets() -> Iterator[tuple[str, str]]:
+    def base64_key() -> str:
+        return base64.b64encode(secrets.token_bytes(32)).decode()
+
+    for name in ("postgres_superuser", "postgres_owner", "postgres_unleash", "valkey"):
+        yield name, secrets.token_hex(16)
+    for service in ("auth", "billing", "chat", "inference", "gateway"):
+        yield f"postgres_{service}", secrets.token_hex(16)
+    yield "identity_keys", f"k1:{base64_key()}"
+    yield "api_key_peppers", f"1:{base64_key()}"
+    yield "auth_secret_key", base64_key()
+    # Unleash reads the part before the dot as <projects>:<environment>.
+    yield "unleash_admin_token", f"*:*.{secrets.token_hex(28)}"
+    yield "unleash_client_token", f"*:development.{secrets.token_hex(28)}"
+    yield "unleash_password", secrets.token_urlsafe(12)
+    yield "demo_password", secrets.token_urlsafe(12)
+    yield "admin_password", secrets.token_urlsafe(12)
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1 now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # Without it a port whose last connections are in TIME_WAIT would look taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def pick_port(avoid: frozenset[int]) -> int:
+    """A free port outside `avoid`. Raises LaunchError when chance finds none."""
+    for _ in range(PORT_ATTEMPTS):
+        port = PORT_RANGE.start + secrets.randbelow(len(PORT_RANGE))
+        if port not in avoid and port_is_free(port):
+            return port
+    raise LaunchError(f"No free port between {PORT_RANGE.start} and {PORT_RANGE.stop} was found.")
+
+
+def load_ports(layout: Layout, gateway: int, *, check: bool) -> Mapping[str, int]:
+    """Every port of the stack: the kept ones, with new ones for those that are missing.
+
+    `check` (a stopped stack) also replaces ports that another program took meanwhile; the gateway's is the
+    caller's choice and never replaced.
+    """
+    path = layout.state / "ports.json"
+    kept: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    ports = {"gateway": gateway}
+    for name in PORT_NAMES:
+        port = kept.get(name)
+        if port is None or port in ports.values() or (check and not port_is_free(port)):
+            port = pick_port(frozenset(ports.values()) | frozenset(kept.values()))
+        ports[name] = port
+    if ports != kept:
+        write_private(path, json.dumps(ports, indent=1))
+    return ports
+
+
+def kept_gateway_port(layout: Layout) -> int | None:
+    """The gateway's port of the last start, if there was one."""
+    path = layout.state / "ports.json"
+    if not path.exists():
+        return None
+    port = json.loads(path.read_text()).get("gateway")
+    return int(port) if port is not None else None

@@ -1,0 +1,54 @@
+"""A stack of the bench's own: started in a temporary state directory on a free port, stopped at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 600
+
+
+@contextmanager
+def running() -> Iterator[dict[str, str]]:
+    """`make up` in a place of its own; yields the contents of its dev.env. Raises CalledProcessError if it fails."""
+    state = tempfile.mkdtemp(prefix="tollgate-bench-")
+    environment = {**os.environ, "TOLLGATE_STATE": state, "TOLLGATE_PORT": str(free_port())}
+    try:
+        _make("up", environment)
+        yield read(Path(state) / "dev.env")
+    finally:
+        _make("down", environment)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def read(path: Path) -> dict[str, str]:
+    """The NAME=value lines of an env file; quotes removed."""
+    pairs = (line.partition("=") for line in path.read_text().splitlines() if "=" in line and not line.startswith("#"))
+    return {name.removeprefix("export ").strip(): value.strip().strip("'\"") for name, _, value in pairs}
+
+
+def free_port() -> int:
+    """A port that nobody listens on right now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _make(target: str, environment: dict[str, str]) -> None:
+    subprocess.run(
+        ["make", "--no-print-directory", target],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        stdout=sys.stderr,
+        timeout=START_TIMEOUT_S,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,47 @@ def migrate(service: str, owner_url: str, app_url: str, *, revision: str = "head
     command.upgrade(alembic_config(service, owner_url), revision)
 
 
+def ensure_role(owner_url: str, role_url: str) -> None:
+    """Make the role of a URL with its password, able to connect and nothing else. Idempotent."""
+
+    async def main() -> None:
+        connection = await asyncpg.connect(dsn(owner_url), timeout=10)
+        try:
+            async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK_ID)
+                await _ensure_role(connection, role_url)
+        finally:
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def set_grants(schema: str, owner_url: str, role_url: str, grants: Mapping[str, str]) -> None:
+    """Give a role exactly these rights on the tables, views and sequences of a schema, and take away all others.
+
+    `grants` maps a name within the schema to its privileges, as in `{"plan": "SELECT"}`. Idempotent, one transaction.
+    """
+    role = make_url(role_url).username
+
+    async def main() -> None:
+        connection = await asyncpg.connect(dsn(owner_url), timeout=10)
+        try:
+            async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK_ID)
+                for template in (
+                    "REVOKE ALL ON ALL TABLES IN SCHEMA %1$I FROM %2$I",
+                    "REVOKE ALL ON ALL SEQUENCES IN SCHEMA %1$I FROM %2$I",
+                    "GRANT USAGE ON SCHEMA %1$I TO %2$I",
+                ):
+                    await _execute_formatted(connection, template, schema, role)
+                for name, privileges in grants.items():
+                    await _execute_formatted(connection, f"GRANT {privileges} ON %1$I.%3$I TO %2$I", schema, role, name)
+        finally:
+            await connection.close()
+
+    asyncio.run(main())
+
+
 def alembic_config(service: str, owner_url: str) -> Config:
     """Alembic's configuration for one service: the section of its name in alembic.ini."""
     config = Config(ROOT / "alembic.ini", ini_section=service)
@@ -103,30 +145,35 @@ def alembic_config(service: str, owner_url: str) -> Config:
 
 
 async def _prepare(schema: str, owner_url: str, app_url: str) -> None:
-    app = make_url(app_url)
     connection = await asyncpg.connect(dsn(owner_url), timeout=10)
     try:
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK_ID)
-            exists = await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", app.username)
-            verb = "ALTER" if exists else "CREATE"
-            statement = await connection.fetchval(
-                "SELECT format($1 || ' ROLE %I LOGIN PASSWORD %L', $2::text, $3::text)",
-                verb,
-                app.username,
-                app.password,
-            )
-            await connection.execute(statement)
+            role = await _ensure_role(connection, app_url)
             for template in (
                 "CREATE SCHEMA IF NOT EXISTS %1$I",
                 "GRANT USAGE ON SCHEMA %1$I TO %2$I",
                 "ALTER ROLE %2$I SET search_path = %1$I, public",
             ):
-                await connection.execute(
-                    await connection.fetchval("SELECT format($1, $2::text, $3::text)", template, schema, app.username)
-                )
+                await _execute_formatted(connection, template, schema, role)
     finally:
         await connection.close()
+
+
+async def _ensure_role(connection: asyncpg.Connection, role_url: str) -> str:
+    url = make_url(role_url)
+    exists = await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", url.username)
+    verb = "ALTER" if exists else "CREATE"
+    await _execute_formatted(connection, verb + " ROLE %1$I LOGIN PASSWORD %2$L", url.username, url.password)
+    database = await connection.fetchval("SELECT current_database()")
+    await _execute_formatted(connection, "GRANT CONNECT ON DATABASE %1$I TO %2$I", database, url.username)
+    return str(url.username)
+
+
+async def _execute_formatted(connection: asyncpg.Connection, template: str, *names: str | None) -> None:
+    """Run a statement that takes no parameters, such as GRANT, with names quoted by PostgreSQL's own format()."""
+    statement = await connection.fetchval("SELECT format($1, VARIADIC $2::text[])", template, list(names))
+    await connection.execute(statement)
 
 
 def run_migrations(tables: MetaData) -> None:

@@ -65,10 +65,11 @@ class Service:
 
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
+AnySettingsT = TypeVar("AnySettingsT", bound=BaseSettings)
 Build = Callable[[SettingsT, AsyncExitStack, Readiness], Awaitable[Service]]
 
 
-def load(settings: type[SettingsT]) -> SettingsT:
+def load(settings: type[AnySettingsT]) -> AnySettingsT:
     """Read settings, or exit with one clear line per problem."""
     try:
         return settings()

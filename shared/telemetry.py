@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 from opentelemetry import propagate, trace
@@ -215,6 +215,9 @@ class AuthMetrics:
         self.outbox_pending = Gauge(
             "tollgate_auth_outbox_pending", "Key events not yet delivered to Redis.", registry=registry
         )
+        self.password_jobs = Gauge(
+            "tollgate_auth_password_jobs", "Password hashes being computed or waiting for a thread.", registry=registry
+        )
 
 
 class InferenceMetrics:
@@ -239,8 +242,8 @@ class InferenceMetrics:
         )
 
 
-def configure_logging(service: str, level: str) -> None:
-    """JSON lines on stdout for structlog and for the standard library's loggers alike."""
+def configure_logging(service: str, level: str, stream: TextIO | None = None) -> None:
+    """JSON lines on `stream` (stdout) for structlog and for the standard library's loggers alike."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -256,7 +259,7 @@ def configure_logging(service: str, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

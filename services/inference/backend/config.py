@@ -12,7 +12,7 @@
 | prompt_cache_mib | 64 | memory for prompts of earlier requests |
 | queue_max, tenant_queue_max | 64, 32 | waiting requests, in all and of one tenant |
 | intake_max | 256 | requests that were not looked at yet |
-| request_bytes_max | 4194304 | size of a body |
+| request_bytes_max | 2097152 | size of a body |
 | completion_tokens_default | 0 = to the end of the context | when the body names no limit |
 """
 
@@ -72,7 +72,7 @@ class BackendConfig:
             queue_max=queue_max,
             tenant_queue_max=integer("tenant_queue_max", max(1, queue_max // 2), 1, queue_max),
             intake_max=integer("intake_max", 256, 1, 100_000),
-            request_bytes_max=integer("request_bytes_max", 4 << 20, 1024),
+            request_bytes_max=integer("request_bytes_max", 2 << 20, 1024),
             completion_tokens_default=integer("completion_tokens_default", 0, 0),
         )
         if not config.weights.is_file():

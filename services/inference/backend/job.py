@@ -26,7 +26,7 @@ class Job:
     stop: Literal["cancelled", "deadline_exceeded"] | None = None
     """Why nobody wants the rest. The thread that has the job sees it and ends the job."""
     first_token_at: float | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     ended: bool = False
 
     def is_stopped(self) -> bool:

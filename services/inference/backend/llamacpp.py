@@ -69,7 +69,7 @@ class LlamaCpp:
         """Load the model. Raises RuntimeError when the engine cannot."""
         self._context_tokens = config.context_tokens
         self._slots = config.slots
-        self._completion_tokens_default = config.completion_tokens_default
+        self._completion_tokens_default = config.completion_tokens_default or config.context_tokens
         self._fingerprint = f'"system_fingerprint":{json.dumps(config.build)}'
         self._key = secrets.token_urlsafe(32)
         self._server = xllamacpp.Server(_parameters(config, self._key))
@@ -109,10 +109,12 @@ class LlamaCpp:
         del self._server
 
     def _forwarded(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        for message in request["messages"]:
+            if _has_other_than_text(message.get("content")):
+                raise BackendError("invalid_request", "This model takes text only.")
         body = {name: request[name] for name in FORWARDED if request.get(name) is not None}
         limit = request.get("max_completion_tokens") or request.get("max_tokens")
-        if limit or self._completion_tokens_default:
-            body["max_tokens"] = limit or self._completion_tokens_default
+        body["max_tokens"] = min(limit or self._completion_tokens_default, self._context_tokens)
         return body
 
     def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -224,6 +226,12 @@ def _refusal(answer: Mapping[str, Any], context_tokens: int | None) -> BackendEr
     if error.get("type") == "invalid_request_error":
         return BackendError("invalid_request", _sentence(message), message)
     return engine_failed(message[:MESSAGE_CHARACTERS_MAX])
+
+
+def _has_other_than_text(content: object) -> bool:
+    return isinstance(content, list) and any(
+        not isinstance(part, dict) or part.get("type") != "text" for part in content
+    )
 
 
 def _sentence(message: str) -> str:

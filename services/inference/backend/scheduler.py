@@ -64,9 +64,7 @@ class Scheduler:
         self._intake: queue.Queue[Job | None] = queue.Queue(config.intake_max)
         self._queue: FairQueue[Job] = FairQueue(config.queue_max, config.tenant_queue_max, clock)
         self._threads = [threading.Thread(target=self._take_in, name="intake")]
-        self._threads += [
-            threading.Thread(target=self._work, name=f"slot-{number}") for number in range(engine.slots)
-        ]
+        self._threads += [threading.Thread(target=self._work, name=f"slot-{number}") for number in range(engine.slots)]
         self.busy_slots = 0
         self._busy_lock = threading.Lock()
 
@@ -120,9 +118,7 @@ class Scheduler:
         prompt_tokens = self._engine.count(parsed.body)
         context_tokens = self._engine.context_tokens
         if parsed.op == "count":
-            self._post(
-                Reply(job, b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens))
-            )
+            self._post(Reply(job, b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens)))
             return
         if prompt_tokens >= context_tokens:
             raise errors.context_length_exceeded(prompt_tokens, context_tokens)

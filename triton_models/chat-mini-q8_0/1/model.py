@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
-from services.inference.backend.model import TritonPythonModel  # noqa: E402 - needs the path
+from services.inference.backend.model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

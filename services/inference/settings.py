@@ -1,0 +1,27 @@
+"""Settings of the inference service, from the environment (prefix TOLLGATE_)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from shared.runtime import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """Where Triton and its model repository are, and how closely the builds are watched."""
+
+    inference_http_listen: str
+    inference_grpc_listen: str
+    triton_grpc: str
+    model_repository: Path
+
+    inference_poll_interval_ms: int = Field(default=1_000, ge=50)
+    inference_control_timeout_ms: int = Field(default=2_000, ge=100)
+    inference_canary_timeout_ms: int = Field(default=2_000, ge=100)
+    inference_canary_failures_max: int = Field(default=2, ge=1)
+    inference_load_timeout_ms: int = Field(default=600_000, ge=1_000)
+    inference_first_token_timeout_ms: int = Field(default=60_000, ge=1_000)
+    inference_backoff_min_ms: int = Field(default=500, ge=10)
+    inference_backoff_max_ms: int = Field(default=30_000, ge=10)

@@ -1,0 +1,123 @@
+"""Triton as this service needs it: control of models and a question to one. The only tritonclient import here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc.aio import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
+
+from services.inference.errors import (
+    BuildDead,
+    BuildRefused,
+    BuildSilent,
+    LoadFailed,
+    TritonError,
+    TritonUnreachable,
+)
+
+REASON_CHARACTERS_MAX = 300
+CANARY_PRIORITY = 0
+CANARY_TENANT = "tollgate:canary"
+
+
+class TritonServer:
+    """One tritonserver over gRPC. Every call has a deadline."""
+
+    def __init__(self, target: str, *, control_timeout_s: float, load_timeout_s: float) -> None:
+        """`target` is host:port. Connects when first used, and again by itself. Close it in the end."""
+        self.target = target
+        self._client = InferenceServerClient(target)
+        self._control_timeout_s = control_timeout_s
+        self._load_timeout_s = load_timeout_s
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def is_loaded(self, build: str) -> bool:
+        """Whether Triton calls the model ready; that stays true after its process died.
+
+        Raises TritonUnreachable.
+        """
+        try:
+            return bool(await self._client.is_model_ready(build, client_timeout=self._control_timeout_s))
+        except InferenceServerException as e:
+            raise TritonUnreachable("Triton does not answer.") from e
+
+    async def load(self, build: str) -> None:
+        """Load, or reload when its files have changed; a no-op for a loaded build with unchanged files.
+
+        Raises LoadFailed with Triton's reason; TritonUnreachable.
+        """
+        try:
+            await self._client.load_model(build, client_timeout=self._load_timeout_s)
+        except InferenceServerException as e:
+            if e.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+                raise TritonUnreachable(f"Triton does not answer to loading {build}.") from e
+            raise LoadFailed(f"Loading failed: {_one_line(e.message())}") from e
+
+    async def unload(self, build: str) -> None:
+        """Unload; streams in flight finish. Raises TritonUnreachable."""
+        try:
+            await self._client.unload_model(build, client_timeout=self._control_timeout_s)
+        except InferenceServerException as e:
+            raise TritonUnreachable(f"Triton does not unload {build}.") from e
+
+    async def parameters(self, build: str) -> dict[str, str]:
+        """The `parameters` of the loaded build's configuration. Raises TritonUnreachable."""
+        try:
+            answer = await self._client.get_model_config(build, client_timeout=self._control_timeout_s)
+        except InferenceServerException as e:
+            raise TritonUnreachable(f"Triton does not tell the configuration of {build}.") from e
+        return {name: value.string_value for name, value in answer.config.parameters.items()}
+
+    async def ask(self, build: str, body: Mapping[str, Any], *, timeout_s: float) -> list[dict[str, Any]]:
+        """Send one request and collect what comes back until the stream ends.
+
+        Raises BuildDead for an error of Triton's own, BuildSilent when that takes longer than `timeout_s`,
+        BuildRefused for an error of the model's, TritonUnreachable.
+        """
+        stream = self._client.stream_infer(_requests(build, body, timeout_s), stream_timeout=timeout_s)
+        answers: list[dict[str, Any]] = []
+        try:
+            async for result, error in stream:
+                if error is not None:
+                    raise _refusal(error.message())
+                if result.get_response().outputs:
+                    answers.append(json.loads(bytes(result.as_numpy("RESPONSE").reshape(-1)[0])))
+        except InferenceServerException as e:
+            if e.status() == "StatusCode.UNAVAILABLE":
+                raise TritonUnreachable("Triton does not answer.") from e
+            raise BuildSilent(f"{build} did not answer within {timeout_s:g} s.") from e
+        finally:
+            stream.cancel()
+        if not answers:
+            raise BuildSilent(f"{build} ended without an answer.")
+        return answers
+
+
+async def _requests(build: str, body: Mapping[str, Any], timeout_s: float) -> AsyncIterator[dict[str, Any]]:
+    tensor = InferInput("REQUEST", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([json.dumps(dict(body)).encode()], dtype=np.object_))
+    yield {
+        "model_name": build,
+        "inputs": [tensor],
+        "timeout": int(timeout_s * 1_000_000),
+        "parameters": {"tg_priority": CANARY_PRIORITY, "tg_tenant": CANARY_TENANT},
+    }
+
+
+def _refusal(message: str) -> TritonError:
+    """An error of the model is JSON; Triton's own words mean that the request never reached it."""
+    try:
+        answer = json.loads(message)
+        return BuildRefused(str(answer["code"]), str(answer["message"]))
+    except (ValueError, KeyError, TypeError):
+        return BuildDead(f"Triton says: {_one_line(message)}")
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())[:REASON_CHARACTERS_MAX]

@@ -1,0 +1,81 @@
+"""Chat, put together: what there is, in the order in which it is made."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+from services.chat import tasks
+from services.chat.clients import CatalogueClient
+from services.chat.errors import catalogue_unknown, model_loading
+from services.chat.routes import completions, models
+from services.chat.service import ChatService
+from services.chat.settings import ChatSettings
+from services.chat.triton import TritonClient
+from shared import telemetry, web
+from shared.clock import SystemClock
+from shared.flags import Flags
+from shared.grpc import Caller
+from shared.identity import IdentityRing
+from shared.metering import Metering
+from shared.runtime import HttpServer, Service
+from shared.web import Readiness
+
+
+async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readiness) -> Service:
+    """Everything of this service. Waits for nobody: what is down at start is asked again later."""
+    clock, registry = SystemClock(), telemetry.new_registry()
+    ring = IdentityRing(settings.identity_keys.get_secret_value(), clock)
+    metrics = telemetry.ChatMetrics(registry)
+    limits = settings.limits()
+
+    flags = Flags(settings.flag_settings())
+    stack.push_async_callback(flags.close)
+    await flags.start()
+    metrics.flags_age_s.set_function(lambda: flags.state().age_s or 0.0)
+
+    inference = Caller(settings.inference_grpc, ring, service="chat")
+    stack.push_async_callback(inference.close)
+    catalogue = CatalogueClient(inference)
+
+    billing = Caller(settings.billing_grpc, ring, service="chat")
+    stack.push_async_callback(billing.close)
+    metering = Metering(billing, limits=settings.metering_limits(), failures=metrics.resolution_failures)
+    stack.push_async_callback(metering.close)
+
+    triton = TritonClient(limits)
+    stack.push_async_callback(triton.close)
+
+    service = ChatService(
+        catalogue=catalogue, flags=flags, metering=metering, triton=triton, limits=limits, metrics=metrics
+    )
+
+    app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
+    app.include_router(completions.create_router(service, clock))
+    app.include_router(models.create_router(service))
+    readiness.add("catalogue", _catalogue_check(catalogue))
+    readiness.add("billing", _billing_check(metering))
+
+    interval_s = settings.catalogue_refresh_ms / 1000
+    return Service(
+        http=[HttpServer(app, settings.chat_http_listen)],
+        tasks={"catalogue": lambda: tasks.keep_catalogue(catalogue, interval_s)},
+    )
+
+
+def _catalogue_check(catalogue: CatalogueClient) -> web.Check:
+    async def check() -> None:
+        models = catalogue.last.models.values()
+        if not models:
+            raise catalogue_unknown()
+        for model in models:
+            if not any(b.is_ready for b in model.builds.values()):
+                raise model_loading(model.alias)
+
+    return check
+
+
+def _billing_check(metering: Metering) -> web.Check:
+    async def check() -> None:
+        await metering.prices()
+
+    return check

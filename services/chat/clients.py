@@ -1,0 +1,68 @@
+"""The model catalogue, which inference owns: asked for in the background, the last answer kept."""
+
+from __future__ import annotations
+
+import time
+
+from services.chat.domain import Build, BuildState, Catalogue, Model
+from services.chat.errors import catalogue_unknown
+from shared.grpc import Caller
+from shared.rpc import inference_pb2 as pb
+from shared.rpc.inference_pb2_grpc import CatalogueStub
+
+LIST_TIMEOUT_S = 2.0
+
+_STATES = {pb.BUILD_STATE_READY: BuildState.READY, pb.BUILD_STATE_LOADING: BuildState.LOADING}
+
+
+class CatalogueClient:
+    """`models` never waits: it is what the last `refresh` brought."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self._stub = CatalogueStub(caller.channel)
+        self._last: Catalogue | None = None
+        self._refreshed_s = float("-inf")
+
+    @property
+    def last(self) -> Catalogue:
+        """Raises Unavailable (catalogue_unavailable) until there was an answer."""
+        if self._last is None:
+            raise catalogue_unknown()
+        return self._last
+
+    @property
+    def age_s(self) -> float:
+        """Since the last answer."""
+        return time.monotonic() - self._refreshed_s
+
+    async def refresh(self) -> None:
+        """Ask inference. Raises TollgateError and keeps what was there."""
+        reply = await self._caller.call(self._stub.List, pb.ListRequest(), timeout_s=LIST_TIMEOUT_S)
+        self._last = Catalogue({m.alias: _model(m) for m in reply.models}, reply.revision)
+        self._refreshed_s = time.monotonic()
+
+
+def _model(message: pb.Model) -> Model:
+    return Model(
+        alias=message.alias,
+        kind=message.kind,
+        description=message.description,
+        created=message.created,
+        stable_build=message.stable_build,
+        builds={b.name: _build(b) for b in message.builds},
+    )
+
+
+def _build(message: pb.Build) -> Build:
+    return Build(
+        name=message.name,
+        triton_model=message.triton_model or message.name,
+        triton_version=message.triton_version,
+        triton_target=message.triton_target,
+        engine=message.engine,
+        quantization=message.quantization,
+        context_tokens=message.context_tokens,
+        state=_STATES.get(message.state, BuildState.UNAVAILABLE),
+        parameters=message.parameters,
+    )

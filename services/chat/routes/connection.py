@@ -1,0 +1,38 @@
+"""A client that leaves: ASGI tells it through `receive`, and nothing is cancelled by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from starlette.types import Receive
+
+
+class ClientGone(Exception):
+    """The client closed the connection before the answer was complete."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; cancel it, and wait until it has ended, as soon as the client has gone.
+
+    The request's body must have been read. Raises what `work` raises, or ClientGone.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+    finally:
+        watching.cancel()
+        working.cancel()
+        await asyncio.wait((working, watching))
+    if not working.cancelled() and working.exception() is None:
+        return None  # it was just done
+    raise ClientGone
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,174 @@
+"""What the OpenAPI document says of these routes: bodies, answers and errors, with examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.chat.routes.schemas import ChatCompletionBody
+
+_ASKED = {
+    "model": "chat-mini",
+    "messages": [{"role": "user", "content": "What is Tollgate?"}],
+    "max_completion_tokens": 64,
+}
+_HEAD = {
+    "id": "chatcmpl-2f6d0f8f0f0e4b1c9a7d5e31",
+    "created": 1763596800,
+    "model": "chat-mini",
+    "system_fingerprint": "chat-mini-q8_0",
+}
+_USAGE = {
+    "prompt_tokens": 14,
+    "completion_tokens": 12,
+    "total_tokens": 26,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+_RECEIPT = {
+    "held": "0.000092",
+    "settled": "0.000038",
+    "build": "chat-mini-q8_0",
+    "hold_id": "019aa0e3-5f4e-7c31-8a55-0c7f3a4b9d10",
+}
+_COMPLETION = {
+    **_HEAD,
+    "object": "chat.completion",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Tollgate is a gateway for AI inference.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": _USAGE,
+    "tollgate": _RECEIPT,
+}
+_STREAM = (
+    'data: {"id":"chatcmpl-…","object":"chat.completion.chunk","created":1763596800,"model":"chat-mini",'
+    '"system_fingerprint":"chat-mini-q8_0","choices":[{"index":0,"delta":{"role":"assistant","content":""},'
+    '"logprobs":null,"finish_reason":null}]}\n\n…\n\ndata: [DONE]\n\n'
+)
+
+
+def _error(description: str, type_: str, code: str, param: str | None = None) -> dict[str, Any]:
+    example = {"error": {"message": description, "type": type_, "param": param, "code": code}}
+    return {"description": description, "content": {"application/json": {"example": example}}}
+
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: _error("The API key or token is missing or not valid.", "authentication_error", "invalid_api_key"),
+    403: _error("This needs the scope chat.", "permission_error", "insufficient_scope"),
+    429: _error("Too many requests. Wait as long as Retry-After says.", "rate_limit_error", "rate_limit_exceeded"),
+}
+_NO_MODEL = _error(
+    "The model `gpt-9` does not exist or you do not have access to it.",
+    "invalid_request_error",
+    "model_not_found",
+    "model",
+)
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON schema without $ref: inside an OpenAPI document `#/$defs` would point to nowhere."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inlined(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+        return {k: _inlined(v, definitions) for k, v in schema.items() if k != "$defs"}
+    if isinstance(schema, list):
+        return [_inlined(v, definitions) for v in schema]
+    return schema
+
+
+def _body_schema() -> Any:
+    schema = ChatCompletionBody.model_json_schema()
+    return _inlined(schema, schema.get("$defs", {}))
+
+
+COMPLETION: dict[str, Any] = {
+    "description": (
+        "OpenAI's chat completion. Unknown fields are ignored; known ones that are not served yet are refused by name "
+        "(`unsupported_parameter`) unless they carry their neutral value. Credits for the worst case are held before "
+        "the engine starts, and what it produced is settled after: also when the client leaves in mid-stream. "
+        "`system_fingerprint` is the build that served; `tollgate` is the receipt, in credits."
+    ),
+    "response_model": None,
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": _body_schema(),
+                    "examples": {
+                        "question": {"summary": "A question", "value": _ASKED},
+                        "stream": {
+                            "summary": "As a stream, with the usage at the end",
+                            "value": {**_ASKED, "stream": True, "stream_options": {"include_usage": True}},
+                        },
+                    },
+                }
+            },
+        }
+    },
+    "responses": {
+        200: {
+            "description": "The completion, or its chunks as server-sent events.",
+            "content": {"application/json": {"example": _COMPLETION}, "text/event-stream": {"example": _STREAM}},
+        },
+        400: _error("'tools' is not supported here yet.", "invalid_request_error", "unsupported_parameter", "tools"),
+        **_REFUSALS,
+        402: _error(
+            "The wallet has not enough credits for this request. Add credits, or lower max_tokens.",
+            "insufficient_quota",
+            "insufficient_quota",
+        ),
+        404: _NO_MODEL,
+        503: _error("The model `chat-mini` is switched off by the operator.", "server_error", "model_disabled"),
+    },
+}
+
+_MODEL = {
+    "id": "chat-mini",
+    "object": "model",
+    "created": 1763596800,
+    "owned_by": "tollgate",
+    "kind": "chat",
+    "description": "A small demonstration model.",
+    "context_window": 1024,
+    "prices": {
+        "per_request": "0",
+        "input_per_million": "1",
+        "cached_input_per_million": "0.5",
+        "output_per_million": "2",
+    },
+    "builds": [
+        {
+            "name": "chat-mini-q8_0",
+            "state": "ready",
+            "stable": True,
+            "engine": "llama.cpp",
+            "quantization": "Q8_0",
+            "context_window": 1024,
+            "parameters": None,
+        }
+    ],
+}
+
+MODEL_LIST: dict[str, Any] = {
+    "description": "The models that this key may use. Prices are the caller's own, in credits; null while unknown.",
+    "responses": {
+        200: {
+            "description": "The models.",
+            "content": {"application/json": {"example": {"object": "list", "data": [_MODEL]}}},
+        },
+        **_REFUSALS,
+    },
+}
+
+MODEL: dict[str, Any] = {
+    "description": "One model, as in the list.",
+    "responses": {
+        200: {"description": "The model.", "content": {"application/json": {"example": _MODEL}}},
+        **_REFUSALS,
+        404: _NO_MODEL,
+    },
+}

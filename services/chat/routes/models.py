@@ -1,0 +1,69 @@
+"""GET /v1/models: OpenAI's shape, with the context, the builds and the caller's prices as further fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from services.chat.domain import Model, credits_text
+from services.chat.routes import documents
+from services.chat.service import ChatService
+from shared.metering import Price
+from shared.web import Caller
+
+SCOPE = "models"
+OWNER = "tollgate"
+
+
+def create_router(service: ChatService) -> APIRouter:
+    router = APIRouter(prefix="/v1", tags=["models"])
+
+    @router.get("/models", summary="List the models", **documents.MODEL_LIST)
+    async def list_models(identity: Caller) -> dict[str, Any]:
+        identity.require_scope(SCOPE)
+        models, prices = service.models(identity), await service.prices(identity)
+        return {"object": "list", "data": [_wire(m, prices.get(m.alias)) for m in models]}
+
+    @router.get("/models/{model}", summary="Describe a model", **documents.MODEL)
+    async def retrieve_model(model: str, identity: Caller) -> dict[str, Any]:
+        identity.require_scope(SCOPE)
+        found = service.model(model, identity)
+        return _wire(found, (await service.prices(identity)).get(model))
+
+    return router
+
+
+def _wire(model: Model, price: Price | None) -> dict[str, Any]:
+    return {
+        "id": model.alias,
+        "object": "model",
+        "created": model.created,
+        "owned_by": OWNER,
+        "kind": model.kind,
+        "description": model.description,
+        "context_window": model.context_tokens,
+        "prices": None if price is None else _price(price),
+        "builds": [
+            {
+                "name": b.name,
+                "state": b.state.value,
+                "stable": b.name == model.stable_build,
+                "engine": b.engine,
+                "quantization": b.quantization,
+                "context_window": b.context_tokens,
+                "parameters": b.parameters or None,
+            }
+            for b in model.builds.values()
+        ],
+    }
+
+
+def _price(price: Price) -> dict[str, str]:
+    """Credits as decimal strings: per request, and per million tokens."""
+    return {
+        "per_request": credits_text(price.per_request_nano),
+        "input_per_million": credits_text(price.input_nano_per_million),
+        "cached_input_per_million": credits_text(price.cached_input_nano_per_million),
+        "output_per_million": credits_text(price.output_nano_per_million),
+    }

@@ -1,0 +1,60 @@
+"""What chat reads from the environment, and every limit it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from services.chat.domain import Limits
+from shared.flags import FlagSettings
+from shared.metering import MeteringLimits
+from shared.runtime import ServiceSettings
+
+
+class ChatSettings(ServiceSettings):
+    """Names carry the prefix TOLLGATE_ in the environment; units stand at the end of a name."""
+
+    chat_http_listen: str
+    billing_grpc: str
+    inference_grpc: str
+    unleash_url: str
+    unleash_token: SecretStr
+    flags_backup: Path | None = None
+
+    catalogue_refresh_ms: int = Field(default=1_000, ge=50)
+
+    chat_max_tokens_default: int = Field(default=512, ge=1)
+    chat_messages_max: int = Field(default=1_000, ge=1)
+    chat_prompt_chars_max: int = Field(default=500_000, ge=1)
+    chat_generations_max: int = Field(default=1_000, ge=1)
+    chat_count_timeout_ms: int = Field(default=10_000, ge=1)
+    chat_first_chunk_timeout_ms: int = Field(default=60_000, ge=1)
+    chat_chunk_timeout_ms: int = Field(default=15_000, ge=1)
+    chat_generation_timeout_ms: int = Field(default=300_000, ge=1)
+    chat_send_timeout_ms: int = Field(default=30_000, ge=1)
+    chat_hold_ttl_ms: int = Field(default=30_000, ge=1_000)
+
+    def limits(self) -> Limits:
+        return Limits(
+            max_tokens_default=self.chat_max_tokens_default,
+            messages_max=self.chat_messages_max,
+            prompt_chars_max=self.chat_prompt_chars_max,
+            generations_max=self.chat_generations_max,
+            count_timeout_s=self.chat_count_timeout_ms / 1000,
+            first_chunk_timeout_s=self.chat_first_chunk_timeout_ms / 1000,
+            chunk_timeout_s=self.chat_chunk_timeout_ms / 1000,
+            generation_timeout_s=self.chat_generation_timeout_ms / 1000,
+            send_timeout_s=self.chat_send_timeout_ms / 1000,
+        )
+
+    def metering_limits(self) -> MeteringLimits:
+        return MeteringLimits(hold_ttl_ms=self.chat_hold_ttl_ms)
+
+    def flag_settings(self) -> FlagSettings:
+        return FlagSettings(
+            url=self.unleash_url,
+            token=self.unleash_token.get_secret_value(),
+            app_name="tollgate-chat",
+            backup=self.flags_backup,
+        )

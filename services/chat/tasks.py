@@ -1,0 +1,26 @@
+"""What runs beside the requests."""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.chat.clients import CatalogueClient
+from shared.errors import TollgateError
+from shared.telemetry import get_logger
+
+log = get_logger(__name__)
+
+
+async def keep_catalogue(catalogue: CatalogueClient, interval_s: float) -> None:
+    """Refresh the catalogue for ever. An inference service that is away changes nothing; it is logged once."""
+    was_up = True
+    while True:
+        try:
+            await catalogue.refresh()
+        except TollgateError as e:
+            if was_up:
+                log.warning("catalogue_not_refreshed", code=e.code, detail=e.detail)
+            was_up = False
+        else:
+            was_up = True
+        await asyncio.sleep(interval_s)

@@ -205,13 +205,9 @@ class Seed:
         if alias.canary is not None:
             wanted["dogfood"] = _strategy(flag, "dogfood", build=alias.canary, segments=[segment])
             wanted["canary"] = _strategy(flag, "canary", build=alias.canary, rollout=0, stickiness="userId")
-        added = False
         for title in STRATEGY_ORDER:
-            if title in wanted and title not in done:
+            if title in wanted:
                 self._once(flag, title, done, partial(self._add_strategy, flag, title, wanted[title]))
-                added = True
-        if added:
-            self._sort(flag)
         parent = {"feature": alias.kill_switch}
         self._once(
             flag,
@@ -254,6 +250,7 @@ class Seed:
         if all(existing["title"] != title for existing in self._unleash.strategies(flag)):
             self._unleash.call("POST", self._unleash.in_environment(flag, "/strategies"), strategy)
             self._report(f"{flag}: strategy {title}")
+        self._sort(flag)
 
     def _sort(self, flag: str) -> None:
         """Ours in their order; an operator's own strategies stay in front, where they were put to win."""

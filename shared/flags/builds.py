@@ -11,7 +11,6 @@ from openfeature import api
 from openfeature.evaluation_context import EvaluationContext
 from openfeature.exception import ErrorCode, ProviderNotReadyError
 from openfeature.flag_evaluation import FlagEvaluationDetails, FlagValueType
-from openfeature.provider import ProviderStatus
 from openfeature.provider.no_op_provider import NoOpProvider
 
 from shared.flags.provider import FlagSettings, UnleashProvider
@@ -71,11 +70,7 @@ class Flags:
         api.set_provider_and_wait(NoOpProvider(), self._domain)
 
     def state(self) -> FlagState:
-        status = self._provider.status
-        # The watch thread moves `status`; between its looks the age is the truth.
-        if status is ProviderStatus.READY and self._provider.stale:
-            status = ProviderStatus.STALE
-        return FlagState(status.value.lower(), self._provider.age_s, self._provider.revision)
+        return FlagState(self._provider.status.value.lower(), self._provider.age_s, self._provider.revision)
 
     def model_build(self, alias: str, *, user_id: str, org_id: str, plan: str, key_id: str) -> BuildDecision:
         """Evaluate `model.<alias>` once; `ops.<alias>.allowed` only when that names no build. No I/O, never raises."""

@@ -80,7 +80,7 @@ class UnleashProvider(AbstractProvider):
         self._stale_after_s = settings.stale_after_ms / 1000
         self._watch_interval_s = settings.watch_interval_ms / 1000
         self._flag_set_bytes_max = settings.flag_set_bytes_max
-        self._status = ProviderStatus.NOT_READY
+        self._announced = ProviderStatus.NOT_READY
         self._last_success: float | None = None
         self._last_failure = "no answer"
         self._closed = threading.Event()
@@ -116,8 +116,12 @@ class UnleashProvider(AbstractProvider):
 
     @property
     def status(self) -> ProviderStatus:
-        """NOT_READY before `initialize` and after `shutdown`."""
-        return self._status
+        """As of now. NOT_READY before `initialize` and after `shutdown`; the events follow within a watch interval."""
+        if self._announced is ProviderStatus.NOT_READY:
+            return ProviderStatus.NOT_READY
+        if self._store.current is None:
+            return ProviderStatus.ERROR
+        return ProviderStatus.STALE if self.stale else ProviderStatus.READY
 
     @property
     def age_s(self) -> float | None:
@@ -146,7 +150,7 @@ class UnleashProvider(AbstractProvider):
         except (MissingSchema, InvalidSchema, InvalidHeader, InvalidURL) as e:
             raise ProviderFatalError(f"Unleash's URL or token cannot be used: {type(e).__name__}") from e
         known = self._store.current is not None
-        self._status = ProviderStatus.READY if known else ProviderStatus.ERROR
+        self._announced = ProviderStatus.READY if known else ProviderStatus.ERROR
         self._watcher.start()
         if not known:
             raise ProviderNotReadyError("Unleash did not answer and there is no backup")
@@ -160,7 +164,7 @@ class UnleashProvider(AbstractProvider):
         if self._watcher.is_alive():
             self._watcher.join()
         self._client.destroy()
-        self._status = ProviderStatus.NOT_READY
+        self._announced = ProviderStatus.NOT_READY
 
     # Freshness and state
 
@@ -178,7 +182,7 @@ class UnleashProvider(AbstractProvider):
 
     def _accepted(self, changed: list[str]) -> None:
         self._last_success = time.monotonic()
-        if changed and self._status is not ProviderStatus.NOT_READY:
+        if changed and self._announced is not ProviderStatus.NOT_READY:
             _log.info("flags changed", flags=changed, revision=self.revision)
             self.emit_provider_configuration_changed(
                 ProviderEventDetails(flags_changed=changed, metadata={"revision": self.revision})
@@ -186,11 +190,11 @@ class UnleashProvider(AbstractProvider):
 
     def _watch(self) -> None:
         while not self._closed.wait(self._watch_interval_s):
-            target = ProviderStatus.STALE if self.stale else ProviderStatus.READY
-            if target is self._status or self._store.current is None:
+            status = self.status
+            if status is self._announced:
                 continue
-            self._status = target
-            if target is ProviderStatus.READY:
+            self._announced = status
+            if status is ProviderStatus.READY:
                 _log.info("flags fresh", revision=self.revision)
                 self.emit_provider_ready(ProviderEventDetails(metadata={"revision": self.revision}))
             else:

@@ -71,21 +71,31 @@ def _reason(feature: Mapping[str, Any]) -> Reason:
     """The reason that a match of this flag deserves: the strongest of what its active strategies do."""
     if not feature.get("enabled"):
         return Reason.DISABLED
-    listed = feature.get("strategies")
-    active = [s for s in listed if isinstance(s, dict) and not s.get("disabled")] if listed else []
+    active = [strategy for strategy in _objects(feature, "strategies") if not strategy.get("disabled")]
     if any(_splits(strategy) for strategy in active):
         return Reason.SPLIT
-    if any(
-        s.get("constraints") or s.get("segments") or s.get("name") not in ("default", "flexibleRollout") for s in active
-    ):
+    if any(_targets(strategy) for strategy in active):
         return Reason.TARGETING_MATCH
     return Reason.STATIC
 
 
 def _splits(strategy: Mapping[str, Any]) -> bool:
-    parameters = strategy.get("parameters") or {}
-    partial = strategy.get("name") == "flexibleRollout" and str(parameters.get("rollout")) != "100"
-    return partial or len(strategy.get("variants") or []) > 1
+    parameters = strategy.get("parameters")
+    rollout = parameters.get("rollout") if isinstance(parameters, dict) else None
+    partial = strategy.get("name") == "flexibleRollout" and str(rollout) != "100"
+    return partial or len(_objects(strategy, "variants")) > 1
+
+
+def _targets(strategy: Mapping[str, Any]) -> bool:
+    everybody = strategy.get("name") in ("default", "flexibleRollout")
+    return bool(strategy.get("constraints") or strategy.get("segments")) or not everybody
+
+
+def _objects(parent: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    listed = parent.get(key) or []
+    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+        raise InvalidFlagSet(f"{key} is not a list of objects")
+    return listed
 
 
 class FlagStore(BaseCache):

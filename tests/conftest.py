@@ -23,8 +23,8 @@ import pytest
 
 from deploy.local import processes
 from deploy.local.postgres import OWNER, Postgres
-from deploy.local.progress import Progress
-from deploy.local.stack import DataStores, stop_everything
+from deploy.local.shutdown import stop_everything
+from deploy.local.stack import Stack
 from deploy.local.state import Layout
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def _stop_abandoned() -> None:
             continue
         if not processes.is_alive(int(owner.read_text())):
             for inner in (state, state / "data-stores"):
-                stop_everything(Layout(ROOT, inner), ())
+                stop_everything(Layout(ROOT, inner))
             shutil.rmtree(state, ignore_errors=True)
 
 
@@ -125,13 +125,12 @@ def state_directory() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def components(state_directory: Path) -> Iterator[Components]:
     """PostgreSQL and Valkey; see the module's docstring."""
-    state = state_directory / "data-stores"
-    stores = DataStores.prepare(Layout(ROOT, state))
+    stores = Stack(Layout(ROOT, state_directory / "data-stores"), 1, {})
     try:
-        stores.up(Progress(None, total=2))
+        stores.start_data_stores()
         yield Components(stores.postgres, stores.postgres.url(), stores.valkey.url)
     finally:
-        stores.stop()
+        stores.down()
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,8 @@ SETTINGS: Mapping[str, str] = {
     "log_parameter_max_length": "0",
     "log_parameter_max_length_on_error": "0",
     "max_wal_size": "512MB",
+    # In the data directory instead of /dev/shm, where a killed server would leave it behind.
+    "dynamic_shared_memory_type": "mmap",
 }
 
 
@@ -121,7 +123,7 @@ class Postgres:
         executable = binaries() / program
         if os.geteuid() != 0:
             return (str(executable), *arguments)
-        return command_as(DATABASE_USER, executable, self.data, arguments)
+        return command_as(DATABASE_USER, executable, self.layout.state, arguments)
 
     def execute(self, sql: str, *, user: str = SUPERUSER, database: str = "postgres") -> str:
         """Run SQL through psql, each statement on its own; the rows come back unaligned, `|` between columns.

@@ -58,3 +58,11 @@ def wait_gone(pids: Iterable[int], timeout_s: float) -> set[int]:
         time.sleep(0.02)
         remaining = {pid for pid in remaining if is_alive(pid)}
     return remaining
+
+
+def executable(pid: int) -> str:
+    """The name of the program that a process runs; empty when it has gone."""
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name
+    except OSError:
+        return ""

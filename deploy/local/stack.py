@@ -1,107 +1,172 @@
-"""One stack from start to end: what is started in which order, waited for, stopped, and shown."""
+"""One stack from start to end: what is started in which order and waited for."""
 
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from deploy.local import processes
-from deploy.local.errors import NotReady, ProgramFailed
+from deploy.local.errors import LaunchError
+from deploy.local.health import wait_healthy, why_unhealthy
 from deploy.local.postgres import Postgres
 from deploy.local.programs import Program
 from deploy.local.progress import Progress
-from deploy.local.state import Layout, load_ports, load_secrets
-from deploy.local.supervisor import Supervisor
+from deploy.local.seed import Keys, Seed
+from deploy.local.services import PASSED_ON, Services
+from deploy.local.shutdown import stop_everything
+from deploy.local.state import Layout, load_ports, load_secrets, write_private
+from deploy.local.supervisor import Supervisor, render_config
+from deploy.local.triton import Triton
+from deploy.local.unleash import CONSOLE_USER, Unleash
 from deploy.local.valkey import Valkey
 
-POLL_S = 0.05
-LOG_TAIL_LINES = 20
-# A program that ended this often before it was healthy once will not be healthy later.
-MAX_FAILED_STARTS = 3
-ORPHAN_GRACE_S = 10.0
+SERVICES = ("auth", "billing", "inference", "chat", "gateway")
+STEPS = 7 + len(SERVICES)
 
 
-@dataclass(frozen=True, slots=True)
-class DataStores:
-    """PostgreSQL and Valkey under a supervisor of their own: what service-level tests need."""
+class Stack:
+    """Everything that `make up` starts."""
 
-    layout: Layout
-    postgres: Postgres
-    valkey: Valkey
-
-    @classmethod
-    def prepare(cls, layout: Layout) -> "DataStores":
-        """Make the state directory, its secrets and its ports."""
+    def __init__(self, layout: Layout, gateway_port: int, environment: Mapping[str, str]) -> None:
+        """Make or read the state directory. Ports that were taken meanwhile change while the stack is stopped."""
         layout.prepare()
-        secrets = load_secrets(layout)
-        ports = load_ports(layout, 0, check=True)
-        return cls(layout, Postgres(layout, secrets, ports["postgres"]), Valkey(layout, secrets, ports["valkey"]))
+        self.layout = layout
+        self.supervisor = Supervisor(layout)
+        self.secrets = load_secrets(layout)
+        self.ports = load_ports(layout, gateway_port, check=not self.supervisor.is_running())
+        self.postgres = Postgres(layout, self.secrets, self.ports["postgres"])
+        self.valkey = Valkey(layout, self.secrets, self.ports["valkey"])
+        self.unleash = Unleash(layout, self.secrets, self.ports["unleash"], self.postgres)
+        self.triton = Triton(
+            layout,
+            http_port=self.ports["triton_http"],
+            grpc_port=self.ports["triton_grpc"],
+            metrics_port=self.ports["triton_metrics"],
+            otlp_endpoint=environment.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        )
+        self.services = Services(
+            layout=layout,
+            secrets=self.secrets,
+            ports=self.ports,
+            postgres=self.postgres,
+            valkey=self.valkey,
+            unleash=self.unleash,
+            triton=self.triton,
+            passed_on={name: environment[name] for name in PASSED_ON if environment.get(name)},
+        )
+        self.seed = Seed(layout, self.services)
 
-    def up(self, progress: Progress) -> None:
-        """Start both and make the databases. Raises LaunchError; stop() cleans up in any case."""
+    def programs(self) -> dict[str, Program]:
+        """Every program by its name, in the order of starting."""
+        components = (self.postgres.program(), self.valkey.program(), self.triton.program(), self.unleash.program())
+        programs = (*components, *(self.services.program(name) for name in SERVICES))
+        return {program.name: program for program in programs}
+
+    def unhealthy(self) -> dict[str, str]:
+        """What is wrong with each program that is not healthy."""
+        problems = {name: why_unhealthy(self.supervisor, program) for name, program in self.programs().items()}
+        return {name: problem for name, problem in problems.items() if problem is not None}
+
+    def start_data_stores(self) -> None:
+        """Only PostgreSQL, with its databases, and Valkey: what tests below the whole stack need.
+
+        Raises LaunchError; down() cleans up in any case.
+        """
         self.postgres.initialise()
         self.valkey.initialise()
-        supervisor = Supervisor(self.layout)
         programs = (self.postgres.program(), self.valkey.program())
-        supervisor.launch(programs, processes.marker(self.layout.stack_id))
+        self.supervisor.launch(programs, processes.marker(self.layout.stack_id))
         for program in programs:
-            supervisor.start(program.name)
+            self.supervisor.start(program.name)
         for program in programs:
-            with progress.step(program.title):
-                wait_healthy(supervisor, self.layout, program)
+            wait_healthy(self.supervisor, self.layout, program)
         self.postgres.create_databases()
 
-    def stop(self) -> None:
-        """Stop both, whatever state they are in."""
-        stop_everything(self.layout, (("valkey", "postgres"),))
+    def up(self, progress: Progress) -> Keys:
+        """Start what does not run, in order, and wait for each program's health.
 
+        Raises LaunchError. The caller stops the stack when this fails or is interrupted.
+        """
+        programs = self.programs()
+        if not self.supervisor.is_running():
+            stop_everything(self.layout)
+            self.postgres.initialise()
+            self.valkey.initialise()
+            self.supervisor.launch(programs.values(), processes.marker(self.layout.stack_id))
+        for name in ("postgres", "valkey", "triton"):
+            self.supervisor.start(name)
+        self._wait(progress, programs["postgres"])
+        self.postgres.create_databases()
+        self.supervisor.start("unleash")
+        with progress.step("database migrations", "done"):
+            self.seed.migrate()
+        self._wait(progress, programs["valkey"])
+        self._wait(progress, programs["triton"])
+        with progress.step("prices, demo user, keys", "done"):
+            self.seed.prices()
+            keys = self.seed.keys()
+        for name in SERVICES:
+            self.supervisor.start(name)
+        self._wait(progress, programs["unleash"])
+        with progress.step("model rollout flags", "done"):
+            self.seed.flags()
+        for name in SERVICES:
+            self._wait(progress, programs[name])
+        self.write_dev_env(keys)
+        return keys
 
-def wait_healthy(supervisor: Supervisor, layout: Layout, program: Program) -> None:
-    """Wait for the program's own health check. Raises ProgramFailed with the end of its log and the remedy."""
-    deadline = time.monotonic() + program.deadline_s
-    starts_before = supervisor.starts().get(program.name, 0)
-    while True:
+    def _wait(self, progress: Progress, program: Program) -> None:
+        with progress.step(program.title):
+            wait_healthy(self.supervisor, self.layout, program)
+
+    def down(self) -> None:
+        """Stop everything. Raises LaunchError when something stays."""
+        stop_everything(self.layout)
+
+    def is_outdated(self) -> bool:
+        """Whether the running stack was started with other settings than it would be now."""
         try:
-            program.health()
-            return
-        except NotReady as error:
-            reason = str(error)
-        state = supervisor.states().get(program.name)
-        failed_starts = supervisor.starts().get(program.name, 0) - starts_before
-        if state is None or state.state in {"FATAL", "STOPPED"} or failed_starts >= MAX_FAILED_STARTS:
-            reason = f"it keeps ending: {state.detail if state else 'the supervisor is gone'}"
-        elif time.monotonic() < deadline:
-            time.sleep(POLL_S)
-            continue
-        else:
-            reason = f"not healthy after {program.deadline_s:.0f} s: {reason}"
-        raise ProgramFailed(program.name, _failure(layout, program, reason))
+            running = self.layout.supervisor_config.read_text()
+        except OSError:
+            return True
+        return running != render_config(self.layout, self.programs().values())
+
+    def write_dev_env(self, keys: Keys) -> None:
+        """Addresses and secrets for scripts: `set -a; . .tollgate/dev.env`. Mode 600."""
+        values = self.dev_env(keys)
+        # No value holds a character that a shell or an env-file reader would treat specially, so none is quoted.
+        lines = [f"{name}={value}" for name, value in values.items()]
+        write_private(self.layout.dev_env, "\n".join(["# Written by `make up`.", *lines]) + "\n")
+
+    def dev_env(self, keys: Keys) -> dict[str, str]:
+        """What dev.env holds."""
+        services: dict[str, str] = {}
+        for name in SERVICES:
+            port = "gateway_internal" if name == "gateway" else f"{name}_http"
+            services[f"TOLLGATE_{name.upper()}_HTTP_URL"] = f"http://{self.services.address(port)}"
+            if f"{name}_grpc" in self.ports:
+                services[f"TOLLGATE_{name.upper()}_GRPC"] = self.services.address(f"{name}_grpc")
+        return {
+            "TOLLGATE_URL": self.services.public_url,
+            "TOLLGATE_API_KEY": keys.api_key,
+            "TOLLGATE_ADMIN_TOKEN": keys.admin_token,
+            "TOLLGATE_DEMO_USER": "demo",
+            "TOLLGATE_DEMO_PASSWORD": self.secrets["demo_password"],
+            "TOLLGATE_ADMIN_USER": "admin",
+            "TOLLGATE_ADMIN_PASSWORD": self.secrets["admin_password"],
+            "TOLLGATE_DATABASE_URL": self.postgres.url(),
+            "TOLLGATE_REDIS_URL": self.valkey.url,
+            "UNLEASH_URL": self.unleash.url,
+            "UNLEASH_ADMIN_TOKEN": self.secrets["unleash_admin_token"],
+            "UNLEASH_USER": CONSOLE_USER,
+            "UNLEASH_PASSWORD": self.secrets["unleash_password"],
+            "TRITON_HTTP_URL": f"http://{self.services.address('triton_http')}",
+            "TRITON_GRPC_URL": self.services.address("triton_grpc"),
+            "TRITON_METRICS_URL": self.triton.metrics_url,
+            **services,
+        }
 
 
-def _failure(layout: Layout, program: Program, reason: str) -> str:
-    path = layout.log / f"{program.name}.log"
-    lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if path.exists() else []
-    tail = "\n".join(f"    {line}" for line in lines) or "    (empty)"
-    return f"{program.title} failed: {reason}\n  The end of {path}:\n{tail}\n  What to do: {program.remedy}"
-
-
-def stop_everything(layout: Layout, order: Iterable[tuple[str, ...]]) -> None:
-    """Stop the programs through supervisord if it answers, then whatever else carries the stack's marker."""
-    supervisor = Supervisor(layout)
-    if supervisor.is_running():
-        supervisor.shut_down(order)
-    stop_orphans(layout)
-    layout.supervisor_socket.unlink(missing_ok=True)
-    layout.supervisor_pid.unlink(missing_ok=True)
-
-
-def stop_orphans(layout: Layout) -> None:
-    """End every process of the stack that no supervisor watches any more. Raises ProgramFailed when one stays."""
-    remaining = processes.of_stack(layout.stack_id)
-    for number in (processes.GRACEFUL, processes.FORCED):
-        if not remaining:
-            return
-        processes.send(remaining, number)
-        processes.wait_gone(remaining, ORPHAN_GRACE_S)
-        remaining = processes.of_stack(layout.stack_id)
-    if remaining:
-        raise ProgramFailed("stack", f"These processes do not end: {sorted(remaining)}.")
+def gateway_port(environment: Mapping[str, str], kept: int | None) -> int:
+    """TOLLGATE_PORT, else the port of the last start, else 8080. Raises LaunchError for what is no port."""
+    text = environment.get("TOLLGATE_PORT") or str(kept or 8080)
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise LaunchError(f"TOLLGATE_PORT is {text!r}; it must be a port between 1 and 65535.")
+    return int(text)

@@ -37,6 +37,9 @@ PORT_NAMES = (
     "inference_grpc",
 )
 
+# The lock file, which prepare() makes first, tells a state directory from any other.
+STATE_MARK = "stack.lock"
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -87,13 +90,22 @@ class Layout:
     def unleash_package(self) -> Path:
         return self.root / "deploy" / "unleash"
 
+    def check_owned(self) -> None:
+        """Raises LaunchError for a directory that holds something else than a stack: it is not ours to change."""
+        if self.state.is_dir() and any(self.state.iterdir()) and not (self.state / STATE_MARK).exists():
+            raise LaunchError(
+                f"{self.state} is not empty and holds no stack of Tollgate; choose another TOLLGATE_STATE."
+            )
+
     def prepare(self) -> None:
         """Make the directories. As root others may pass through (PostgreSQL runs as a user of its own), not list.
 
-        Raises LaunchError when a directory cannot be made or belongs to somebody else.
+        Raises LaunchError when a directory cannot be made, belongs to somebody else, or holds other things.
         """
+        self.check_owned()
         try:
             self.state.mkdir(parents=True, exist_ok=True)
+            (self.state / STATE_MARK).touch(mode=0o600)
             self.state.chmod(0o711 if os.geteuid() == 0 else 0o700)
             for directory in (self.log, self.supervisor_socket.parent):
                 if directory != self.state:
@@ -127,7 +139,7 @@ def exclusive(layout: Layout) -> Iterator[None]:
 
     Raises LaunchError when another command holds it.
     """
-    with (layout.state / "lock").open("w") as file:
+    with (layout.state / STATE_MARK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -154,14 +166,15 @@ def _generated_secrets() -> Iterator[tuple[str, str]]:
 
     for name in ("postgres_superuser", "postgres_owner", "postgres_unleash", "valkey"):
         yield name, secrets.token_hex(16)
-    for service in ("auth", "billing", "chat", "inference", "gateway"):
+    for service in ("auth", "billing", "gateway"):
         yield f"postgres_{service}", secrets.token_hex(16)
     yield "identity_keys", f"k1:{base64_key()}"
     yield "api_key_peppers", f"1:{base64_key()}"
     yield "auth_secret_key", base64_key()
+    yield "unleash_session_secret", secrets.token_hex(32)
     # Unleash reads the part before the dot as <projects>:<environment>.
     yield "unleash_admin_token", f"*:*.{secrets.token_hex(28)}"
-    yield "unleash_client_token", f"*:development.{secrets.token_hex(28)}"
+    yield "unleash_client_token", f"default:development.{secrets.token_hex(28)}"
     yield "unleash_password", secrets.token_urlsafe(12)
     yield "demo_password", secrets.token_urlsafe(12)
     yield "admin_password", secrets.token_urlsafe(12)

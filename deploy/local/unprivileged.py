@@ -41,21 +41,20 @@ def ensure_user(name: str) -> pwd.struct_passwd:
         ) from None
 
 
-def may_reach(path: Path) -> bool:
-    """Whether a user without any right of its own could walk to `path` and read it."""
-    needed = stat.S_IROTH | stat.S_IXOTH
-    reachable = all(parent.stat().st_mode & stat.S_IXOTH for parent in path.parents)
-    return reachable and path.stat().st_mode & needed == needed
+def is_open(path: Path) -> bool:
+    """Whether a user without any right of its own can walk down to this file or directory and read or enter it."""
+    if path.is_file() and not path.stat().st_mode & stat.S_IROTH:
+        return False
+    return all(part.stat().st_mode & stat.S_IXOTH for part in (path, *path.parents))
 
 
-def command_as(user: str, program: Path, data: Path, arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """The command that runs `program` as `user` on `data`, which that user owns.
+def command_as(user: str, program: Path, directory: Path, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that runs `program` as `user`, whose own files are below `directory`.
 
     Where the checkout or the state lies below a closed directory (root's home, a mktemp -d), the process keeps root's
     right to read and walk past permissions, and no other; opening those directories to everybody would be worse.
     """
-    closed = not (may_reach(program) and all(p.stat().st_mode & stat.S_IXOTH for p in data.parents))
-    keep = ("--keep-file-access",) if closed else ()
+    keep = () if is_open(program) and is_open(directory) else ("--keep-file-access",)
     return (sys.executable, "-m", "deploy.local.unprivileged", *keep, user, str(program), *arguments)
 
 

@@ -1,0 +1,80 @@
+# Tollgate. `make help` lists what can be done.
+#
+#   PYTHON=python3.12        the Python that builds the environments (any from 3.11 on)
+#   TOLLGATE_PORT=8090       the gateway's port
+#   TOLLGATE_STATE=/path     the state directory (default .tollgate); another one is another stack
+#
+# A file .env (see .env.example) is read for these and for what the services take.
+
+-include .env
+export TOLLGATE_PORT TOLLGATE_STATE TOLLGATE_LOG_LEVEL TOLLGATE_SIGNUP_CREDITS OTEL_EXPORTER_OTLP_ENDPOINT
+
+PYTHON ?= python3
+LOCAL := $(PYTHON) -m deploy.local
+BIN := .venv/bin
+CHECKED := $(wildcard services shared deploy tests bench)
+UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --universal --python-version 3.11 \
+	--no-annotate --no-header --no-emit-index-url
+
+.DEFAULT_GOAL := help
+.PHONY: help up down status logs reset test check lint format types lock stubs chat-mini environments clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+up: ## Start everything and print a URL, a key and a first request
+	@$(LOCAL) up
+
+down: ## Stop everything; the data is kept
+	@$(LOCAL) down
+
+status: ## Show each program: state, restarts, memory, ports, health
+	@$(LOCAL) status
+
+logs: ## Show the logs: of one program with S=chat, with what comes with F=1
+	@$(LOCAL) logs $(S) $(if $(F),--follow)
+
+reset: ## Stop everything and remove the data, after asking (YES=1: without)
+	@$(LOCAL) reset $(if $(YES),--yes)
+
+environments: ## Make .venv with the development tools, .venv-triton and Unleash's packages
+	@$(LOCAL) environments --dev
+
+test: check ## Run every check and every test, on components of their own
+	$(BIN)/python -m pytest
+
+check: environments ## Run the linters, types, import rules, stubs and migrations
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(CHECKED)
+	$(BIN)/lint-imports
+	$(BIN)/python -m deploy.checks.size $(CHECKED)
+	$(BIN)/python -m deploy.checks.stubs
+	$(BIN)/python -m deploy.checks.migrations
+
+lint: ## Run ruff only
+	$(BIN)/ruff check .
+
+types: ## Run mypy only
+	$(BIN)/mypy --strict $(CHECKED)
+
+format: ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## Compile requirements/*.in and Unleash's package.json into locks with hashes
+	$(UV_COMPILE) requirements/services.in -o requirements/services.txt
+	$(UV_COMPILE) requirements/dev.in -c requirements/services.txt -o requirements/dev.txt
+	$(UV_COMPILE) --no-deps requirements/triton.in -o requirements/triton.txt
+	$(BIN)/python -m deploy.local.unleash install --package-lock-only --ignore-scripts
+
+stubs: ## Generate the gRPC stubs from shared/rpc/*.proto
+	$(BIN)/python -m deploy.checks.stubs --write
+
+chat-mini: ## Train the demo model anew (an environment of its own, with torch; about half an hour)
+	$(PYTHON) -m venv .venv-chat-mini
+	.venv-chat-mini/bin/pip install --quiet -r requirements/chat-mini.in
+	.venv-chat-mini/bin/python -m deploy.chat_mini build
+
+clean: ## Remove the environments and caches; the data stays
+	rm -rf .venv .venv-triton .venv-chat-mini deploy/unleash/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""What `make check` proves beyond the linters' own rules."""

@@ -34,6 +34,7 @@ class ChatSettings(ServiceSettings):
     chat_generation_timeout_ms: int = Field(default=300_000, ge=1)
     chat_send_timeout_ms: int = Field(default=30_000, ge=1)
     chat_hold_ttl_ms: int = Field(default=30_000, ge=1_000)
+    chat_settle_wait_ms: int = Field(default=5_000, ge=1)
 
     def limits(self) -> Limits:
         return Limits(
@@ -49,7 +50,7 @@ class ChatSettings(ServiceSettings):
         )
 
     def metering_limits(self) -> MeteringLimits:
-        return MeteringLimits(hold_ttl_ms=self.chat_hold_ttl_ms)
+        return MeteringLimits(hold_ttl_ms=self.chat_hold_ttl_ms, settle_wait_s=self.chat_settle_wait_ms / 1000)
 
     def flag_settings(self) -> FlagSettings:
         return FlagSettings(

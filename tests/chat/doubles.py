@@ -1,0 +1,182 @@
+"""gRPC servers that misbehave on request: what the real engine, ledger and catalogue cannot be made to do at will.
+
+They speak the real protocols on real sockets. The journeys drive the real ones.
+"""
+
+import asyncio
+import json
+import struct
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from grpc import aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from shared.errors import TollgateError
+from shared.rpc import billing_pb2, billing_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+LENGTH_PREFIX = struct.Struct("<I")
+Item = dict[str, Any] | bytes | Exception
+Script = Callable[[dict[str, Any]], AsyncIterator[Item]]
+
+
+def chunk(content: str, completion_tokens: int, finish_reason: str | None = None, prompt_tokens: int = 7) -> Item:
+    """A chat.completion.chunk of the engine contract."""
+    return {
+        "choices": [{"index": 0, "delta": {"content": content} if content else {}, "finish_reason": finish_reason}],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
+    }
+
+
+class EngineError(Exception):
+    """A TritonError of the contract."""
+
+    def __init__(self, code: str, message: str = "A public sentence.") -> None:
+        super().__init__(json.dumps({"code": code, "message": message}))
+
+
+async def three_words(request: dict[str, Any]) -> AsyncIterator[Item]:
+    """The well-behaved engine."""
+    del request
+    yield chunk("", 0)
+    for i, word in enumerate(("one", " two", " three"), 1):
+        yield chunk(word, i)
+    yield chunk("", 3, "stop")
+
+
+async def for_ever(_: dict[str, Any]) -> AsyncIterator[Item]:
+    """Never a word."""
+    await asyncio.Event().wait()
+    yield b""
+
+
+class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # tritonclient has no types
+    """Triton's stream. `chat` and `count` say what it answers; `stopped` is set when a caller cancels."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.chat: Script = three_words
+        self.count: Script = self.count_seven
+        self.requests: list[dict[str, Any]] = []
+        self.parameters: list[dict[str, Any]] = []
+        self.begun = asyncio.Event()
+        self.stopped = asyncio.Event()
+
+    @staticmethod
+    async def count_seven(_: dict[str, Any]) -> AsyncIterator[Item]:
+        yield {"prompt_tokens": 7, "context_tokens": 100}
+
+    async def ModelStreamInfer(self, requests: Any, _: Any) -> AsyncIterator[Any]:
+        async for request in requests:
+            content = request.raw_input_contents[0]
+            assert len(content) == LENGTH_PREFIX.unpack_from(content)[0] + LENGTH_PREFIX.size
+            body = json.loads(content[LENGTH_PREFIX.size :])
+            self.requests.append(body)
+            self.parameters.append({k: v.int64_param or v.string_param for k, v in request.parameters.items()})
+            script = self.count if body.get("op") == "count" else self.chat
+            self.begun.set()
+            try:
+                async for item in script(body):
+                    yield _reply(item)
+            except BaseException:  # cancelled while waiting, or a broken pipe while sending
+                self.stopped.set()
+                raise
+
+
+def _reply(item: Item) -> Any:
+    if isinstance(item, Exception):
+        return service_pb2.ModelStreamInferResponse(error_message=str(item))
+    content = item if isinstance(item, bytes) else json.dumps(item).encode()
+    reply = service_pb2.ModelStreamInferResponse()
+    reply.infer_response.raw_output_contents.append(LENGTH_PREFIX.pack(len(content)) + content)
+    return reply
+
+
+class Ledger(billing_pb2_grpc.LedgerServicer):
+    """A ledger that remembers. A token costs one nano-credit; `refusal` is raised by Hold, `outage` by resolutions."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.holds: list[Any] = []
+        self.settled: list[Any] = []
+        self.voided: list[Any] = []
+        self.covered: int | None = None
+        self.refusal: TollgateError | None = None
+        self.outage: TollgateError | None = None
+        self.prices_outage: TollgateError | None = None
+        self.resolved = asyncio.Event()
+
+    async def Hold(self, request: Any, _: Any) -> Any:
+        if self.refusal is not None:
+            raise self.refusal
+        self.holds.append(request)
+        tokens = request.worst_case.output_tokens
+        if request.clamp and self.covered is not None:
+            tokens = min(tokens, self.covered)
+        return billing_pb2.HoldReply(
+            hold_id=request.hold_id, amount_nano=tokens + request.worst_case.input_tokens, output_tokens=tokens
+        )
+
+    async def Settle(self, request: Any, _: Any) -> Any:
+        if self.outage is not None:
+            raise self.outage
+        self.settled.append(request)
+        self.resolved.set()
+        cost = request.usage.input_tokens + request.usage.output_tokens
+        return billing_pb2.SettleReply(cost_nano=cost, settled_nano=cost)
+
+    async def Void(self, request: Any, _: Any) -> Any:
+        self.voided.append(request)
+        self.resolved.set()
+        return billing_pb2.VoidReply()
+
+    async def ListPrices(self, _request: Any, _: Any) -> Any:
+        if self.prices_outage is not None:
+            raise self.prices_outage
+        return billing_pb2.ListPricesReply(
+            prices=[
+                billing_pb2.Price(
+                    price_id="p1",
+                    model="small",
+                    input_nano_per_million=1_500_000_000,
+                    cached_input_nano_per_million=500_000_000,
+                    output_nano_per_million=2_000_000_000,
+                )
+            ]
+        )
+
+
+class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
+    """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+
+    async def List(self, _request: Any, _: Any) -> Any:
+        small = inference_pb2.Model(alias="small", kind="chat", created=1, stable_build="small-a", description="Small.")
+        for name, context in (("small-a", 100), ("small-b", 90)):
+            small.builds.append(self._build(name, context, inference_pb2.BUILD_STATE_READY))
+        asleep = inference_pb2.Model(alias="asleep", kind="chat", created=1, stable_build="asleep-a")
+        asleep.builds.append(self._build("asleep-a", 100, inference_pb2.BUILD_STATE_LOADING))
+        return inference_pb2.ListReply(models=[small, asleep], revision=1)
+
+    def _build(self, name: str, context_tokens: int, state: Any) -> Any:
+        return inference_pb2.Build(
+            name=name, triton_model=name, triton_target=self._target, context_tokens=context_tokens, state=state
+        )
+
+
+async def listen(server: aio.Server) -> str:
+    """Start a server on a free port; its address."""
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return f"127.0.0.1:{port}"

@@ -1,0 +1,114 @@
+"""A client that leaves stops the engine at once and pays for what was produced, and no more."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.chat.conftest import Chat, asking, until
+from tests.chat.doubles import Item, chunk, for_ever
+
+STREAMS = "tollgate_chat_streams"
+SOON_S = 1.0  # well before any of the service's own time limits would end the request
+
+
+async def endless(_: dict[str, Any]) -> AsyncIterator[Item]:
+    """A token every 10 ms."""
+    yield chunk("", 0)
+    tokens = 0
+    while True:
+        tokens += 1
+        yield chunk("word ", tokens)
+        await asyncio.sleep(0.01)
+
+
+async def flood(_: dict[str, Any]) -> AsyncIterator[Item]:
+    """More than anybody's buffers hold."""
+    tokens = 0
+    while True:
+        tokens += 1
+        yield chunk("x" * 60_000, tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_before_the_first_token_stops_the_engine_and_voids_the_hold(chat: Chat, stream: bool) -> None:
+    chat.engine.chat = for_ever
+    async with chat.client() as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking(stream=stream)))
+
+        async def generating() -> bool:
+            return len(chat.engine.requests) == 2
+
+        await until(generating)
+        asked.cancel()
+        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
+    await chat.ledger.resolved.wait()
+    assert [v.reason for v in chat.ledger.voided] == ["cancelled"]
+    assert chat.ledger.settled == []
+
+
+async def test_leaving_while_the_prompt_is_counted_holds_nothing(chat: Chat) -> None:
+    chat.engine.count = for_ever
+    async with chat.client() as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+        await asyncio.wait_for(chat.engine.begun.wait(), SOON_S)
+        asked.cancel()
+        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
+    assert chat.ledger.holds == []
+
+
+async def test_leaving_in_mid_stream_stops_the_engine_and_settles_what_was_produced(chat: Chat) -> None:
+    chat.engine.chat = endless
+    seen = 0
+    async with chat.client() as client, client.stream("POST", "/v1/chat/completions", json=asking(stream=True)) as r:
+        async for line in r.aiter_lines():
+            seen += '"content":"word ' in line
+            if seen == 5:
+                break
+    await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
+    await chat.ledger.resolved.wait()
+    [settled] = chat.ledger.settled
+    assert settled.finish_reason == "cancelled"
+    assert settled.usage.input_tokens == 7
+    assert 5 <= settled.usage.output_tokens <= 40  # those underway while the connection closed
+    assert chat.ledger.voided == []
+
+
+async def test_leaving_without_a_stream_stops_the_engine_and_settles_what_was_produced(chat: Chat) -> None:
+    chat.engine.chat = endless
+    async with chat.client() as client:
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post("/v1/chat/completions", json=asking(), timeout=0.3)
+    await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
+    await chat.ledger.resolved.wait()
+    [settled] = chat.ledger.settled
+    assert settled.finish_reason == "cancelled"
+    assert settled.usage.output_tokens > 0
+
+
+async def test_a_client_that_stops_reading_is_cut_off(chat: Chat) -> None:
+    chat.engine.chat = flood
+    async with chat.client() as client, client.stream("POST", "/v1/chat/completions", json=asking(stream=True)):
+        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S * 4)
+        await chat.ledger.resolved.wait()
+    assert chat.ledger.settled[0].finish_reason == "cancelled"
+
+
+async def test_a_hundred_leavers_at_any_moment_leave_nothing_behind(chat: Chat) -> None:
+    chat.engine.chat = endless
+    async with chat.client() as client:
+        for turn in range(100):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001 * (turn % 40 + 1)):
+                    await client.post("/v1/chat/completions", json=asking(stream=turn % 2 == 0))
+
+        async def all_is_quiet() -> bool:
+            resolved = {r.hold_id for r in (*chat.ledger.settled, *chat.ledger.voided)}
+            return resolved >= {h.hold_id for h in chat.ledger.holds} and await chat.metric(STREAMS) == 0
+
+        await until(all_is_quiet)
+    assert chat.ledger.settled
+    assert chat.ledger.voided

@@ -23,9 +23,11 @@ import pytest
 
 from deploy.local import processes
 from deploy.local.postgres import OWNER, Postgres
+from deploy.local.progress import Progress
 from deploy.local.shutdown import stop_everything
-from deploy.local.stack import Stack
-from deploy.local.state import Layout
+from deploy.local.stack import STEPS, Stack
+from deploy.local.state import Layout, pick_port
+from tests.running_stack import RunningStack
 
 ROOT = Path(__file__).parents[1]
 STATE_PREFIX = "tollgate-test-"
@@ -107,8 +109,8 @@ def _stop_abandoned() -> None:
         if not owner.exists() or state.stat().st_uid != os.geteuid():
             continue
         if not processes.is_alive(int(owner.read_text())):
-            for inner in (state, state / "data-stores"):
-                stop_everything(Layout(ROOT, inner))
+            for name in ("data-stores", "stack"):
+                stop_everything(Layout(ROOT, state / name))
             shutil.rmtree(state, ignore_errors=True)
 
 
@@ -131,6 +133,16 @@ def components(state_directory: Path) -> Iterator[Components]:
         yield Components(stores.postgres, stores.postgres.url(), stores.valkey.url)
     finally:
         stores.down()
+
+
+@pytest.fixture(scope="session")
+def stack(state_directory: Path) -> Iterator[RunningStack]:
+    """The whole stack; see the module's docstring."""
+    complete = Stack(Layout(ROOT, state_directory / "stack"), pick_port(frozenset()), os.environ)
+    try:
+        yield RunningStack(complete, complete.up(Progress(None, STEPS)))
+    finally:
+        complete.down()
 
 
 @pytest.fixture(scope="module")

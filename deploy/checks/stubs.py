@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc_tools  # type: ignore[import-untyped]
-from grpc_tools import protoc  # type: ignore[import-untyped]
+from grpc_tools import protoc
 
 RPC = Path("shared/rpc")
 # google/protobuf/*.proto

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-TITLE_WIDTH = 34
+TITLE_WIDTH = 40
 
 
 class Progress:

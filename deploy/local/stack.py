@@ -1,5 +1,6 @@
 """One stack from start to end: what is started in which order and waited for."""
 
+import time
 from collections.abc import Mapping
 
 from deploy.local import processes
@@ -85,35 +86,42 @@ class Stack:
         Raises LaunchError. The caller stops the stack when this fails or is interrupted.
         """
         programs = self.programs()
-        if not self.supervisor.is_running():
-            stop_everything(self.layout)
-            self.postgres.initialise()
-            self.valkey.initialise()
-            self.supervisor.launch(programs.values(), processes.marker(self.layout.stack_id))
-        for name in ("postgres", "valkey", "triton"):
-            self.supervisor.start(name)
-        self._wait(progress, programs["postgres"])
-        self.postgres.create_databases()
-        self.supervisor.start("unleash")
+        with progress.step(programs["postgres"].title):
+            if not self.supervisor.is_running():
+                stop_everything(self.layout)
+                self.postgres.initialise()
+                self.valkey.initialise()
+                self.supervisor.launch(programs.values(), processes.marker(self.layout.stack_id))
+            began = self._start("postgres", "valkey", "triton")
+            wait_healthy(self.supervisor, self.layout, programs["postgres"])
+            self.postgres.create_databases()
+        began |= self._start("unleash")
         with progress.step("database migrations", "done"):
             self.seed.migrate()
-        self._wait(progress, programs["valkey"])
-        self._wait(progress, programs["triton"])
+        for name in ("valkey", "triton"):
+            self._wait(progress, programs[name], began[name])
         with progress.step("prices, demo user, keys", "done"):
             self.seed.prices()
             keys = self.seed.keys()
-        for name in SERVICES:
-            self.supervisor.start(name)
-        self._wait(progress, programs["unleash"])
+        began |= self._start(*SERVICES)
+        self._wait(progress, programs["unleash"], began["unleash"])
         with progress.step("model rollout flags", "done"):
             self.seed.flags()
         for name in SERVICES:
-            self._wait(progress, programs[name])
+            self._wait(progress, programs[name], began[name])
         self.write_dev_env(keys)
         return keys
 
-    def _wait(self, progress: Progress, program: Program) -> None:
-        with progress.step(program.title):
+    def _start(self, *names: str) -> dict[str, float]:
+        """Start programs that do not run; when each was told to, on the monotonic clock."""
+        began = {}
+        for name in names:
+            began[name] = time.monotonic()
+            self.supervisor.start(name)
+        return began
+
+    def _wait(self, progress: Progress, program: Program, began_s: float) -> None:
+        with progress.step(program.title, since_s=began_s):
             wait_healthy(self.supervisor, self.layout, program)
 
     def down(self) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local import processes
+from deploy.local.errors import LaunchError
 from deploy.local.programs import Program, http_health
 from deploy.local.state import Layout
 
@@ -80,8 +81,11 @@ class Triton:
     def program(self) -> Program:
         """The server without a model: the inference service loads what the catalogue lists."""
         environment = self.layout.triton_environment
+        try:
+            libpython = json.loads((environment / "tollgate.json").read_text())["libpython"]
+        except FileNotFoundError:
+            raise LaunchError("Triton's environment has not been made yet: `make environments` does.") from None
         packages = site_packages(environment)
-        libpython = json.loads((environment / "tollgate.json").read_text())["libpython"]
         return Program(
             name="triton",
             title="Triton 2.51",

@@ -16,8 +16,9 @@ from deploy.local.errors import LaunchError
 
 DATABASE_USER = "pgserver"  # the name that the PostgreSQL wheel's own wrapper uses
 
-# <linux/prctl.h>, <linux/capability.h>
-_PR_SET_KEEPCAPS = 8
+# <linux/prctl.h>, <linux/securebits.h>, <linux/capability.h>
+_PR_SET_SECUREBITS = 28
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
 _CAP_DAC_OVERRIDE = 1
@@ -63,7 +64,8 @@ def drop(user: str, *, keep_file_access: bool) -> None:
     entry = pwd.getpwnam(user)
     libc = ctypes.CDLL(None, use_errno=True)
     if keep_file_access:
-        _check(libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0))
+        # Without this bit access(2), by which PostgreSQL looks at its own binaries, ignores what is kept.
+        _check(libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0))
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)

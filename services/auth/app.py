@@ -1,0 +1,133 @@
+"""Auth's composition root: everything is constructed here, in order, and handed down."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from functools import partial
+
+import argon2
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from services.auth import tasks
+from services.auth.clients import KeyChannel
+from services.auth.routes import admin, jwks, keys, sessions, users
+from services.auth.service import Services
+from services.auth.service.access import Access
+from services.auth.service.accounts import Accounts
+from services.auth.service.admin import Admin
+from services.auth.service.bootstrap import Bootstrap
+from services.auth.service.keys import Keys
+from services.auth.service.outbox import Outbox
+from services.auth.service.passwords import Passwords
+from services.auth.service.sessions import SessionLimits, Sessions
+from services.auth.service.signing import load_or_create
+from services.auth.service.tokens import Tokens
+from services.auth.settings import AuthSettings
+from shared import cache, database, web
+from shared.apikeys import Peppers
+from shared.clock import Clock, SystemClock
+from shared.identity import IdentityRing
+from shared.runtime import HttpServer, Service
+from shared.telemetry import AuthMetrics, new_registry
+from shared.web import Readiness
+
+DESCRIPTION = "Accounts, sessions, organisations and API keys."
+
+
+async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readiness) -> Service:
+    """The service for the runtime."""
+    clock = SystemClock()
+    registry = new_registry()
+    services = await compose(settings, stack, readiness, clock=clock, registry=registry)
+    return Service(
+        http=[HttpServer(create_app(settings, services, readiness, clock, registry), settings.auth_http_listen)],
+        tasks={
+            "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
+            "prune": partial(tasks.prune_sessions, services.sessions, settings.auth_prune_interval_s),
+        },
+    )
+
+
+def create_app(
+    settings: AuthSettings, services: Services, readiness: Readiness, clock: Clock, registry: CollectorRegistry
+) -> FastAPI:
+    """The HTTP application over composed services."""
+    ring = IdentityRing(settings.identity_keys.get_secret_value(), clock)
+    app = web.create_app("auth", ring=ring, registry=registry, readiness=readiness, description=DESCRIPTION)
+    app.state.services = services
+    for module in (users, sessions, keys, admin, jwks):
+        app.include_router(module.router)
+    return app
+
+
+async def compose(
+    settings: AuthSettings,
+    stack: AsyncExitStack,
+    readiness: Readiness,
+    *,
+    clock: Clock,
+    registry: CollectorRegistry,
+) -> Services:
+    """The use cases over PostgreSQL and Redis; what must be closed goes on the stack."""
+    metrics = AuthMetrics(registry)
+    engine = database.create_engine(
+        settings.auth_database_url.get_secret_value(),
+        application="tollgate-auth",
+        pool_size=settings.auth_database_pool_size,
+    )
+    stack.push_async_callback(engine.dispose)
+    readiness.add("postgres", partial(database.ping, engine))
+    sessions_of = database.session_factory(engine)
+
+    redis = cache.create_redis(
+        settings.redis_url.get_secret_value(), client_name="auth", timeout_ms=settings.auth_redis_timeout_ms
+    )
+    stack.push_async_callback(redis.aclose)
+    outbox = Outbox(sessions_of, KeyChannel(redis), metrics, settings.auth_outbox_batch_max)
+
+    passwords = _passwords(settings, metrics)
+    stack.callback(passwords.close)
+    signing_key = await load_or_create(sessions_of, settings.secret_key, clock)
+    tokens = Tokens(signing_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
+
+    accounts = Accounts(sessions_of, passwords, clock)
+    keys_of = Keys(
+        sessions_of,
+        Peppers(settings.api_key_peppers.get_secret_value()),
+        outbox,
+        clock,
+        metrics,
+        per_org_max=settings.auth_keys_per_org_max,
+    )
+    limits = SessionLimits(
+        refresh_ttl_s=settings.auth_refresh_token_ttl_s,
+        session_ttl_s=settings.auth_session_ttl_s,
+        per_user_max=settings.auth_sessions_per_user_max,
+        prune_batch_max=settings.auth_prune_batch_max,
+    )
+    return Services(
+        clock=clock,
+        access=Access(sessions_of, clock),
+        accounts=accounts,
+        sessions=Sessions(sessions_of, passwords, tokens, clock, metrics, limits),
+        tokens=tokens,
+        keys=keys_of,
+        admin=Admin(sessions_of, keys_of, outbox, clock),
+        bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),
+        outbox=outbox,
+    )
+
+
+def _passwords(settings: AuthSettings, metrics: AuthMetrics) -> Passwords:
+    hasher = argon2.PasswordHasher(
+        time_cost=settings.auth_argon2_time_cost,
+        memory_cost=settings.auth_argon2_memory_kib,
+        parallelism=settings.auth_argon2_parallelism,
+    )
+    return Passwords(
+        hasher,
+        threads=settings.auth_argon2_threads,
+        queue_max=settings.auth_argon2_queue_max,
+        jobs=metrics.password_jobs,
+    )

@@ -1,0 +1,101 @@
+"""What auth may answer beyond the shared errors: each with its stable code and a sentence that says what to do."""
+
+from __future__ import annotations
+
+from shared.errors import Conflict, Internal, InvalidRequest, NotFound, PermissionDenied, Unauthenticated, Unavailable
+
+
+class InvalidCredentials(Unauthenticated):
+    """One answer for an unknown user, a wrong password and a disabled account."""
+
+    default_code = "invalid_credentials"
+    default_message = "The user name or the password is wrong."
+
+
+class InvalidRefreshToken(Unauthenticated):
+    """One answer for an unknown, used, expired or revoked refresh token."""
+
+    default_code = "invalid_refresh_token"
+    default_message = "The refresh token is not valid any more. Sign in again."
+
+
+class SessionEnded(Unauthenticated):
+    default_code = "session_ended"
+    default_message = "This session has ended. Sign in again."
+
+
+class PasswordQueueFull(Unavailable):
+    default_code = "sign_in_busy"
+    default_message = "Too many sign-ins at the moment. Retry shortly."
+
+
+class UsernameTaken(Conflict):
+    default_code = "username_taken"
+    default_message = "username: this name is taken; choose another."
+
+
+class EmailTaken(Conflict):
+    default_code = "email_taken"
+    default_message = "email: this address is registered already; sign in instead."
+
+
+class KeyNotFound(NotFound):
+    """Also for keys of another organisation: whether they exist is not the caller's business."""
+
+    default_code = "key_not_found"
+    default_message = "There is no such API key."
+
+
+class SessionNotFound(NotFound):
+    default_code = "session_not_found"
+    default_message = "There is no such session."
+
+
+class UserNotFound(NotFound):
+    default_code = "user_not_found"
+    default_message = "There is no such user."
+
+
+class KeyNotActive(Conflict):
+    default_code = "key_not_active"
+    default_message = "This API key is revoked or expired and cannot change any more. Create a new one."
+
+
+class TooManyKeys(Conflict):
+    default_code = "too_many_keys"
+    default_message = "This organisation has as many active API keys as it may have. Revoke some first."
+
+
+class ScopeNotHeld(PermissionDenied):
+    """A key never grants what its maker may not do."""
+
+    default_code = "scope_not_held"
+    default_message = "An API key may not have a scope that you do not have yourself."
+
+
+class ModelNotHeld(PermissionDenied):
+    default_code = "model_not_held"
+    default_message = "An API key may not reach models that the key that makes it cannot reach."
+
+
+class LimitAbovePlan(PermissionDenied):
+    default_code = "limit_above_plan"
+    default_message = "A limit may only be lowered from the plan's; ask an operator to raise it."
+
+
+class WeakPassword(InvalidRequest):
+    default_code = "weak_password"
+    default_message = "password: choose one that is harder to guess."
+
+
+class KeyChannelDown(Unavailable):
+    """Redis did not take the news of a changed key. Never reaches a client: the outbox delivers later."""
+
+    default_code = "key_channel_down"
+
+
+class SigningKeyUnreadable(Internal):
+    """At start only: the secret that sealed the signing key is not the one that was given."""
+
+    default_code = "signing_key_unreadable"
+    default_message = "TOLLGATE_AUTH_SECRET_KEY does not open the stored signing key; give the one that made it."

@@ -1,0 +1,143 @@
+"""Users, their organisations and roles."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Row, Select, func, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import IntegrityError
+
+from services.auth.domain import BASE_ROLE, Account, UserStatus
+from services.auth.errors import EmailTaken, UsernameTaken
+from services.auth.tables import MembershipRow, OrganizationRow, RolePermissionRow, UserRoleRow, UserRow
+from shared.database import AsyncSession
+
+_ROLES = (
+    func.array(
+        select(UserRoleRow.role)
+        .where(UserRoleRow.user_id == UserRow.id)
+        .order_by(UserRoleRow.role)
+        .correlate(UserRow)
+        .scalar_subquery()
+    )
+).label("roles")
+_SCOPES = (
+    func.array(
+        select(RolePermissionRow.scope)
+        .join(UserRoleRow, UserRoleRow.role == RolePermissionRow.role)
+        .where(UserRoleRow.user_id == UserRow.id)
+        .group_by(RolePermissionRow.scope)
+        .order_by(RolePermissionRow.scope)
+        .correlate(UserRow)
+        .scalar_subquery()
+    )
+).label("scopes")
+
+
+class AccountRepository:
+    """Accounts: a user together with one organisation."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def register(self, account: Account) -> None:
+        """Insert a user with a personal organisation. Raises UsernameTaken or EmailTaken."""
+        try:
+            await self._session.execute(
+                insert(UserRow).values(
+                    id=account.user_id,
+                    username=account.username,
+                    email=account.email,
+                    password_hash=account.password_hash,
+                    status=account.status,
+                    created_at=account.created_at,
+                    updated_at=account.created_at,
+                )
+            )
+        except IntegrityError as e:
+            if "uq_user_account_username_lower" in str(e.orig):
+                raise UsernameTaken(param="username") from None
+            if "uq_user_account_email_lower" in str(e.orig):
+                raise EmailTaken(param="email") from None
+            raise
+        await self._session.execute(
+            insert(OrganizationRow).values(
+                id=account.org_id,
+                name=account.org_name,
+                plan=account.plan,
+                personal=True,
+                created_at=account.created_at,
+            )
+        )
+        await self._session.execute(
+            insert(MembershipRow).values(
+                org_id=account.org_id, user_id=account.user_id, role=account.org_role, created_at=account.created_at
+            )
+        )
+        await self.grant_role(account.user_id, BASE_ROLE)
+
+    async def grant_role(self, user_id: UUID, role: str) -> None:
+        """Give a role on the installation; nothing happens where it is held already."""
+        await self._session.execute(upsert(UserRoleRow).values(user_id=user_id, role=role).on_conflict_do_nothing())
+
+    async def find_by_login(self, login: str) -> Account | None:
+        """The account of a user name or an e-mail address, in the user's first organisation."""
+        folded = login.lower()
+        return await self._one(
+            _accounts().where(or_(func.lower(UserRow.username) == folded, func.lower(UserRow.email) == folded))
+        )
+
+    async def find(self, user_id: UUID, org_id: UUID) -> Account | None:
+        """The account of a member of an organisation; None for strangers and suspended organisations."""
+        return await self._one(
+            _accounts().where(UserRow.id == user_id, OrganizationRow.id == org_id, OrganizationRow.status == "active")
+        )
+
+    async def lock_user(self, user_id: UUID) -> tuple[UserStatus, tuple[str, ...]] | None:
+        """A user's status and roles, locked until the transaction ends."""
+        row = (await self._session.execute(select(UserRow).where(UserRow.id == user_id).with_for_update())).scalar()
+        if row is None:
+            return None
+        roles = await self._session.scalars(select(UserRoleRow.role).where(UserRoleRow.user_id == user_id))
+        return UserStatus(row.status), tuple(roles)
+
+    async def set_status(self, user_id: UUID, status: UserStatus, now: datetime) -> None:
+        await self._session.execute(update(UserRow).where(UserRow.id == user_id).values(status=status, updated_at=now))
+
+    async def set_password_hash(self, user_id: UUID, password_hash: str, now: datetime) -> None:
+        await self._session.execute(
+            update(UserRow).where(UserRow.id == user_id).values(password_hash=password_hash, updated_at=now)
+        )
+
+    async def _one(self, statement: Select[UserRow, OrganizationRow, str, list[str], list[str]]) -> Account | None:
+        ordered = statement.order_by(MembershipRow.created_at, MembershipRow.org_id).limit(1)
+        row = (await self._session.execute(ordered)).one_or_none()
+        return _account(row) if row else None
+
+
+def _accounts() -> Select[UserRow, OrganizationRow, str, list[str], list[str]]:
+    return (
+        select(UserRow, OrganizationRow, MembershipRow.role, _ROLES, _SCOPES)
+        .join(MembershipRow, MembershipRow.user_id == UserRow.id)
+        .join(OrganizationRow, OrganizationRow.id == MembershipRow.org_id)
+    )
+
+
+def _account(row: Row[UserRow, OrganizationRow, str, list[str], list[str]]) -> Account:
+    user, organization, org_role, roles, scopes = row
+    return Account(
+        user_id=user.id,
+        username=user.username,
+        email=user.email,
+        password_hash=user.password_hash,
+        status=UserStatus(user.status),
+        created_at=user.created_at,
+        org_id=organization.id,
+        org_name=organization.name,
+        org_role=org_role,
+        plan=organization.plan,
+        roles=tuple(roles),
+        scopes=tuple(scopes),
+    )

@@ -1,0 +1,206 @@
+"""The API keys of the caller's organisation."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.auth.domain import DEFAULT_KEY_SCOPES, KEY_LIFETIME_DAYS_MAX, ApiKey
+from services.auth.errors import KeyNotActive, KeyNotFound, LimitAbovePlan, ModelNotHeld, ScopeNotHeld, TooManyKeys
+from services.auth.routes.dependencies import AllServices, CurrentActor
+from services.auth.routes.fields import Body, KeyName, LimitsAnswer, LimitsBody, Models, Scopes, Timestamp, refusals
+from services.auth.service.keys import KeyChange, KeyDraft, NewKey
+from shared.errors import InvalidRequest, Unauthenticated
+
+router = APIRouter(prefix="/api/v1/keys", tags=["keys"])
+
+PAGE_MAX = 100
+GRACE_S_DEFAULT = 86_400
+GRACE_S_MAX = 30 * 86_400
+
+
+class CreateKeyBody(Body):
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "production", "limits": {"minute": 30}}})
+
+    name: KeyName
+    scopes: Scopes = Field(default_factory=lambda: list(DEFAULT_KEY_SCOPES))
+    models: Models | None = Field(None, description="The models it may use; null for all.")
+    limits: LimitsBody | None = None
+    expires_at: Timestamp | None = Field(None, description="With an offset; null for never.")
+
+
+class UpdateKeyBody(Body):
+    """What is left out stays. `models: null` means all models, `limits: null` the plan's limits."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "staging", "limits": {"minute": 10}}})
+
+    name: KeyName = ""
+    scopes: Scopes = Field(default_factory=list)
+    models: Models | None = None
+    limits: LimitsBody | None = None
+
+
+class RotateKeyBody(Body):
+    grace_s: int = Field(GRACE_S_DEFAULT, ge=0, le=GRACE_S_MAX, description="Seconds that the old key still works.")
+
+
+class KeyAnswer(BaseModel):
+    """A key without its secret. `prefix` is what may be shown of it; `status` is active, expired or revoked."""
+
+    object: Literal["api_key"] = "api_key"
+    id: UUID
+    name: str
+    prefix: str
+    status: str
+    scopes: list[str]
+    models: list[str] | None
+    limits: LimitsAnswer
+    expires_at: datetime | None
+    created_at: datetime
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+class NewKeyAnswer(KeyAnswer):
+    """The only answer that ever shows `key`."""
+
+    key: str
+
+
+class KeyListAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[KeyAnswer]
+    has_more: bool
+    next_cursor: str | None
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Create a key",
+    responses=refusals(InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, TooManyKeys),
+)
+async def create_key(body: CreateKeyBody, actor: CurrentActor, services: AllServices) -> NewKeyAnswer:
+    """`key` is shown this once. It can do no more than who makes it; its limits are at most the plan's."""
+    draft = KeyDraft(
+        name=body.name,
+        scopes=tuple(body.scopes),
+        models=None if body.models is None else tuple(body.models),
+        limits=body.limits.given() if body.limits else {},
+        expires_at=_future(body.expires_at, services.clock.now()),
+    )
+    return _new_key(await services.keys.create(actor, draft), services.clock.now())
+
+
+@router.get("", summary="List keys", responses=refusals(InvalidRequest, Unauthenticated))
+async def list_keys(
+    actor: CurrentActor,
+    services: AllServices,
+    limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 20,
+    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")] = None,
+) -> KeyListAnswer:
+    """The organisation's keys, revoked ones too, newest first."""
+    before = None if cursor is None else _parse_cursor(cursor)
+    page = await services.keys.page(actor, before=before, limit=limit)
+    now = services.clock.now()
+    return KeyListAnswer(
+        data=[key_answer(key, now) for key in page.keys],
+        has_more=page.next_id is not None,
+        next_cursor=None if page.next_id is None else _cursor(page.next_id),
+    )
+
+
+@router.get("/{key_id}", summary="Read a key", responses=refusals(Unauthenticated, KeyNotFound))
+async def get_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> KeyAnswer:
+    """Everything but the secret, which nobody has."""
+    return key_answer(await services.keys.get(actor, key_id), services.clock.now())
+
+
+@router.patch(
+    "/{key_id}",
+    summary="Change a key",
+    responses=refusals(
+        InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, KeyNotFound, KeyNotActive
+    ),
+)
+async def update_key(key_id: UUID, body: UpdateKeyBody, actor: CurrentActor, services: AllServices) -> KeyAnswer:
+    """Name, scopes, models or limits; in force on the key's next request."""
+    change = KeyChange(
+        given=frozenset(body.model_fields_set),
+        name=body.name,
+        scopes=tuple(body.scopes),
+        models=None if body.models is None else tuple(body.models),
+        limits=body.limits.given() if body.limits else None,
+    )
+    return key_answer(await services.keys.update(actor, key_id, change), services.clock.now())
+
+
+@router.post("/{key_id}/revoke", summary="Revoke a key", responses=refusals(Unauthenticated, KeyNotFound))
+async def revoke_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> KeyAnswer:
+    """For good, from the key's next request on. Revoking a revoked key changes nothing."""
+    return key_answer(await services.keys.revoke(actor, key_id), services.clock.now())
+
+
+@router.delete("/{key_id}", status_code=204, summary="Revoke a key", responses=refusals(Unauthenticated, KeyNotFound))
+async def delete_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> None:
+    """The same as `POST …/revoke`; the record stays for the audit."""
+    await services.keys.revoke(actor, key_id)
+
+
+@router.post(
+    "/{key_id}/rotate",
+    status_code=201,
+    summary="Replace a key's secret",
+    responses=refusals(InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, KeyNotFound, KeyNotActive),
+)
+async def rotate_key(
+    key_id: UUID, actor: CurrentActor, services: AllServices, body: RotateKeyBody | None = None
+) -> NewKeyAnswer:
+    """A new key on the same terms. The old one works for `grace_s` more; both draw on the same limits."""
+    grace_s = body.grace_s if body else GRACE_S_DEFAULT
+    return _new_key(await services.keys.rotate(actor, key_id, grace_s=grace_s), services.clock.now())
+
+
+def key_answer(key: ApiKey, now: datetime) -> KeyAnswer:
+    return KeyAnswer(
+        id=key.id,
+        name=key.name,
+        prefix=key.prefix,
+        status=key.state_at(now),
+        scopes=list(key.scopes),
+        models=None if key.models is None else list(key.models),
+        limits=LimitsAnswer.model_validate(key.limits, from_attributes=True),
+        expires_at=key.expires_at,
+        created_at=key.created_at,
+        revoked_at=key.revoked_at,
+        last_used_at=key.last_used_at,
+    )
+
+
+def _new_key(new: NewKey, now: datetime) -> NewKeyAnswer:
+    return NewKeyAnswer(**key_answer(new.record, now).model_dump(), key=new.secret)
+
+
+def _future(expires_at: datetime | None, now: datetime) -> datetime | None:
+    if expires_at is not None and not now < expires_at <= now + timedelta(days=KEY_LIFETIME_DAYS_MAX):
+        raise InvalidRequest(
+            f"expires_at: give a time in the future, at most {KEY_LIFETIME_DAYS_MAX} days ahead.", param="expires_at"
+        )
+    return expires_at
+
+
+def _cursor(key_id: UUID) -> str:
+    return base64.urlsafe_b64encode(key_id.bytes).rstrip(b"=").decode()
+
+
+def _parse_cursor(cursor: str) -> UUID:
+    try:
+        return UUID(bytes=base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, binascii.Error) as e:
+        raise InvalidRequest("cursor: send next_cursor of the page before, unchanged.", param="cursor") from e

@@ -1,0 +1,30 @@
+"""The use cases of auth, one file a noun, one verb a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.auth.service.access import Access
+from services.auth.service.accounts import Accounts
+from services.auth.service.admin import Admin
+from services.auth.service.bootstrap import Bootstrap
+from services.auth.service.keys import Keys
+from services.auth.service.outbox import Outbox
+from services.auth.service.sessions import Sessions
+from services.auth.service.tokens import Tokens
+from shared.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that routes, tasks and the command line call; app.py makes it."""
+
+    clock: Clock
+    access: Access
+    accounts: Accounts
+    sessions: Sessions
+    tokens: Tokens
+    keys: Keys
+    admin: Admin
+    bootstrap: Bootstrap
+    outbox: Outbox

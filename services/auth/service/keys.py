@@ -1,0 +1,249 @@
+"""API keys: create, list, change, rotate, revoke.
+
+Every change is committed with its outbox row, then told to Redis before the caller hears of it, so that a revoked key
+fails on its next request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import async_sessionmaker
+
+from services.auth.domain import (
+    Actor,
+    ApiKey,
+    KeyEvent,
+    KeyStatus,
+    Page,
+    audit_entry,
+    check_models,
+    check_scopes,
+    merge_limits,
+)
+from services.auth.errors import KeyNotActive, TooManyKeys
+from services.auth.repository import audit
+from services.auth.repository.keys import KeyRepository
+from services.auth.service.outbox import Outbox
+from shared import apikeys, ids
+from shared.apikeys import Peppers
+from shared.clock import Clock
+from shared.database import AsyncSession
+from shared.telemetry import AuthMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDraft:
+    """What a new key should be. `models` None means all; `limits` are its own, below the plan's."""
+
+    name: str
+    scopes: tuple[str, ...]
+    models: tuple[str, ...] | None = None
+    limits: Mapping[str, int | None] = field(default_factory=dict)
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """A patch: only the fields named in `given` count, since null means something in some of them."""
+
+    given: frozenset[str]
+    name: str = ""
+    scopes: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
+    limits: Mapping[str, int | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key and, this once, its secret, which `repr` does not show."""
+
+    record: ApiKey
+    secret: str = field(repr=False)
+
+
+class Keys:
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        peppers: Peppers,
+        outbox: Outbox,
+        clock: Clock,
+        metrics: AuthMetrics,
+        *,
+        per_org_max: int,
+    ) -> None:
+        self._sessions = sessions
+        self._peppers = peppers
+        self._outbox = outbox
+        self._clock = clock
+        self._metrics = metrics
+        self._per_org_max = per_org_max
+
+    async def create(self, actor: Actor, draft: KeyDraft) -> NewKey:
+        """A new key of the actor's organisation.
+
+        Raises ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest, TooManyKeys.
+        """
+        actor.identity.require_scope("keys:write")
+        scopes = check_scopes(draft.scopes, actor.identity.scopes)
+        models = check_models(draft.models, actor.identity.models)
+        now = self._clock.now()
+        async with self._sessions.begin() as session:
+            repository = KeyRepository(session, tenant=actor.org_id)
+            plan = await repository.plan_limits(actor.org_id)
+            if await repository.count_usable(now) >= self._per_org_max:
+                raise TooManyKeys()
+            key_id = ids.uuid7()
+            new = self._generate(
+                ApiKey(
+                    id=key_id,
+                    org_id=actor.org_id,
+                    user_id=actor.user_id,
+                    name=draft.name,
+                    prefix="",
+                    scopes=scopes,
+                    models=models,
+                    overrides=merge_limits({}, draft.limits, plan),
+                    plan_limits=plan,
+                    limit_id=key_id,
+                    version=1,
+                    status=KeyStatus.ACTIVE,
+                    expires_at=draft.expires_at,
+                    created_at=now,
+                    revoked_at=None,
+                    last_used_at=None,
+                )
+            )
+            await repository.add(new.record, self._peppers.digest(new.secret))
+            entry = audit_entry(actor, "key.created", "api_key", key_id, actor.org_id, after=_terms(new.record))
+            await audit.append(session, entry, now)
+        self._metrics.keys.labels("created").inc()
+        return new
+
+    async def page(self, actor: Actor, *, before: UUID | None, limit: int) -> Page:
+        """The organisation's keys, newest first."""
+        actor.identity.require_scope("keys:read")
+        async with self._sessions() as session:
+            keys = await KeyRepository(session, tenant=actor.org_id).page(before=before, limit=limit + 1)
+        more = len(keys) > limit
+        return Page(tuple(keys[:limit]), keys[limit - 1].id if more else None)
+
+    async def get(self, actor: Actor, key_id: UUID) -> ApiKey:
+        """Raises KeyNotFound, also for another organisation's."""
+        actor.identity.require_scope("keys:read")
+        async with self._sessions() as session:
+            return await KeyRepository(session, tenant=actor.org_id).get(key_id)
+
+    async def update(self, actor: Actor, key_id: UUID, change: KeyChange) -> ApiKey:
+        """Change name, scopes, models or limits.
+
+        Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest.
+        """
+        actor.identity.require_scope("keys:write")
+        async with self._sessions.begin() as session:
+            repository = KeyRepository(session, tenant=actor.org_id)
+            before = self._usable(await repository.lock(key_id))
+            values: dict[str, object] = {}
+            if "name" in change.given:
+                values["name"] = change.name
+            if "scopes" in change.given:
+                values["scopes"] = list(check_scopes(change.scopes, actor.identity.scopes))
+            if "models" in change.given:
+                models = check_models(change.models, actor.identity.models)
+                values["models"] = None if models is None else list(models)
+            if "limits" in change.given:
+                values["limits"] = merge_limits(before.overrides, change.limits, before.plan_limits)
+            events = await repository.change(key_id, **values)
+            after = await repository.get(key_id)
+            entry = audit_entry(
+                actor, "key.updated", "api_key", key_id, after.org_id, before=_terms(before), after=_terms(after)
+            )
+            await audit.append(session, entry, self._clock.now())
+        await self._outbox.deliver(events)
+        return after
+
+    async def revoke(self, actor: Actor, key_id: UUID) -> ApiKey:
+        """Revoke a key, effective on its next request. A revoked one stays so: twice is fine. Raises KeyNotFound."""
+        actor.identity.require_scope("keys:write")
+        return await self.revoke_of(actor, key_id, tenant=actor.org_id)
+
+    async def revoke_of(self, actor: Actor, key_id: UUID, *, tenant: UUID | None) -> ApiKey:
+        """As `revoke`, for callers who have checked the right: `tenant` None reaches every organisation's keys."""
+        now = self._clock.now()
+        async with self._sessions.begin() as session:
+            repository = KeyRepository(session, tenant=tenant)
+            key = await repository.lock(key_id)
+            events = await repository.revoke([key_id], now)
+            if events:
+                await audit.append(session, audit_entry(actor, "key.revoked", "api_key", key_id, key.org_id), now)
+                key = await repository.get(key_id)
+        if events:
+            self._metrics.keys.labels("revoked").inc()
+        await self._outbox.deliver(events)
+        return key
+
+    async def rotate(self, actor: Actor, key_id: UUID, *, grace_s: int) -> NewKey:
+        """A new secret on the same terms and the same limit counters; the old key works for `grace_s` more, never
+        past its own expiry. Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld.
+        """
+        actor.identity.require_scope("keys:write")
+        now = self._clock.now()
+        async with self._sessions.begin() as session:
+            repository = KeyRepository(session, tenant=actor.org_id)
+            old = self._usable(await repository.lock(key_id))
+            check_scopes(old.scopes, actor.identity.scopes)
+            check_models(old.models, actor.identity.models)
+            new = self._generate(_successor(old, now))
+            await repository.add(new.record, self._peppers.digest(new.secret))
+            events = await self._retire(repository, old, now, grace_s)
+            entry = audit_entry(
+                actor, "key.rotated", "api_key", key_id, old.org_id, successor=str(new.record.id), grace_s=grace_s
+            )
+            await audit.append(session, entry, now)
+        self._metrics.keys.labels("rotated").inc()
+        await self._outbox.deliver(events)
+        return new
+
+    async def revoke_named(self, actor: Actor, name: str) -> None:
+        """Revoke the actor's own usable keys of a name."""
+        async with self._sessions() as session:
+            repository = KeyRepository(session, tenant=actor.org_id)
+            key_ids = await repository.usable_named(actor.user_id, name, self._clock.now())
+        for key_id in key_ids:
+            await self.revoke(actor, key_id)
+
+    @staticmethod
+    async def _retire(repository: KeyRepository, old: ApiKey, now: datetime, grace_s: int) -> list[KeyEvent]:
+        if grace_s == 0:
+            return await repository.revoke([old.id], now)
+        end = now + timedelta(seconds=grace_s)
+        return await repository.change(old.id, expires_at=min(end, old.expires_at) if old.expires_at else end)
+
+    def _usable(self, key: ApiKey) -> ApiKey:
+        if key.state_at(self._clock.now()) != "active":
+            raise KeyNotActive()
+        return key
+
+    @staticmethod
+    def _generate(record: ApiKey) -> NewKey:
+        secret = apikeys.generate()
+        return NewKey(replace(record, prefix=apikeys.display_prefix(secret)), secret)
+
+
+def _successor(old: ApiKey, now: datetime) -> ApiKey:
+    return replace(old, id=ids.uuid7(), version=1, created_at=now, last_used_at=None)
+
+
+def _terms(key: ApiKey) -> dict[str, object]:
+    """What a key may do, for the audit log."""
+    return {
+        "name": key.name,
+        "scopes": list(key.scopes),
+        "models": None if key.models is None else list(key.models),
+        "limits": dict(key.overrides),
+        "expires_at": key.expires_at.isoformat() if key.expires_at else None,
+    }

@@ -1,0 +1,209 @@
+"""Sign-in and what follows: sessions, refresh with rotation, logout.
+
+A refresh token is used once. One that comes a second time was copied by somebody, and nobody can tell which of the two
+is the thief: the whole session ends, for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import async_sessionmaker
+
+from services.auth.domain import Account, Actor, AuditEntry, Origin, Session, UserStatus
+from services.auth.errors import InvalidCredentials, InvalidRefreshToken, SessionNotFound
+from services.auth.repository import audit
+from services.auth.repository.accounts import AccountRepository
+from services.auth.repository.sessions import SessionRepository, StoredToken
+from services.auth.service import tokens as refresh_tokens
+from services.auth.service.passwords import Passwords, Verdict
+from services.auth.service.tokens import Tokens
+from shared import ids
+from shared.clock import Clock
+from shared.database import AsyncSession
+from shared.errors import PermissionDenied, TollgateError, Unauthenticated
+from shared.identity import Identity
+from shared.telemetry import AuthMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """What a client gets; the lifetimes are in seconds."""
+
+    access_token: str
+    refresh_token: str
+    expires_in_s: int
+    refresh_expires_in_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    refresh_ttl_s: int
+    session_ttl_s: int
+    per_user_max: int
+    prune_batch_max: int
+
+
+class Sessions:
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        passwords: Passwords,
+        tokens: Tokens,
+        clock: Clock,
+        metrics: AuthMetrics,
+        limits: SessionLimits,
+    ) -> None:
+        self._sessions = sessions
+        self._passwords = passwords
+        self._tokens = tokens
+        self._clock = clock
+        self._metrics = metrics
+        self._limits = limits
+
+    async def login(self, *, login: str, password: str, origin: Origin) -> TokenPair:
+        """Sign in by user name or e-mail address.
+
+        Raises InvalidCredentials, the same after the same work for an unknown user, a wrong password and a disabled
+        account; PasswordQueueFull.
+        """
+        try:
+            pair = await self._login(login, password, origin)
+        except TollgateError as e:
+            self._metrics.logins.labels(e.code).inc()
+            raise
+        self._metrics.logins.labels("ok").inc()
+        return pair
+
+    async def _login(self, login: str, password: str, origin: Origin) -> TokenPair:
+        async with self._sessions() as session:
+            account = await AccountRepository(session).find_by_login(login)
+        verdict = await self._passwords.verify(account.password_hash if account else None, password)
+        if account is None or not verdict.correct or account.status is not UserStatus.ACTIVE:
+            await self._record_failure(account, verdict, origin)
+            raise InvalidCredentials()
+        new_hash = await self._passwords.hash(password) if verdict.outdated else None
+        now = self._clock.now()
+        opened = Session(
+            id=ids.uuid7(),
+            user_id=account.user_id,
+            org_id=account.org_id,
+            created_at=now,
+            last_used_at=now,
+            expires_at=now + timedelta(seconds=self._limits.session_ttl_s),
+            revoked_at=None,
+            user_agent=origin.user_agent,
+            address=origin.address,
+        )
+        async with self._sessions.begin() as session:
+            if new_hash:
+                await AccountRepository(session).set_password_hash(account.user_id, new_hash, now)
+            repository = SessionRepository(session)
+            live = await repository.live(account.user_id, now)
+            crowded_out = [old.id for old in live[self._limits.per_user_max - 1 :]]
+            await repository.revoke(crowded_out, now, "too_many_sessions")
+            await repository.add(opened)
+            return await self._issue(repository, account, opened, now)
+
+    async def refresh(self, refresh_token: str) -> TokenPair:
+        """New tokens for a refresh token, which is used up. Raises InvalidRefreshToken for every reason alike."""
+        now = self._clock.now()
+        digest = refresh_tokens.digest(refresh_token)
+        async with self._sessions.begin() as session:
+            repository = SessionRepository(session)
+            stored = await repository.lock_token(digest)
+            if stored is not None and stored.used_at is not None:
+                await self._end_stolen(session, stored, now)
+            elif stored is not None and stored.expires_at > now and _is_live(stored.session, now):
+                account = await AccountRepository(session).find(stored.session.user_id, stored.session.org_id)
+                if account is not None and account.status is UserStatus.ACTIVE:
+                    await repository.use_token(digest, stored.session.id, now)
+                    return await self._issue(repository, account, stored.session, now)
+        # Raised after the transaction, so that a stolen session's end is committed.
+        raise InvalidRefreshToken()
+
+    async def logout(self, identity: Identity, refresh_token: str | None) -> None:
+        """End the session of an access token, or that of a refresh token, or both. Ending an ended one is fine.
+
+        Raises Unauthenticated when there is neither.
+        """
+        ending = [UUID(identity.session_id)] if identity.session_id else []
+        if not ending and refresh_token is None:
+            raise Unauthenticated("Send an access token, or refresh_token in the body.", code="no_session")
+        async with self._sessions.begin() as session:
+            repository = SessionRepository(session)
+            if refresh_token is not None:
+                stored = await repository.lock_token(refresh_tokens.digest(refresh_token))
+                ending += [stored.session.id] if stored else []
+            await repository.revoke(ending, self._clock.now(), "logout")
+
+    async def list(self, actor: Actor) -> list[Session]:
+        """The person's live sessions, newest first. Raises PermissionDenied for an API key."""
+        _require_person(actor)
+        async with self._sessions() as session:
+            return await SessionRepository(session).live(actor.user_id, self._clock.now())
+
+    async def revoke(self, actor: Actor, session_id: UUID) -> None:
+        """End one of the person's own sessions. Raises SessionNotFound for others', PermissionDenied for a key."""
+        _require_person(actor)
+        async with self._sessions.begin() as session:
+            repository = SessionRepository(session)
+            if await repository.find(session_id, actor.user_id) is None:
+                raise SessionNotFound()
+            await repository.revoke([session_id], self._clock.now(), "revoked")
+
+    async def prune(self) -> bool:
+        """Delete one batch of sessions that are over; whether there may be more."""
+        batch_max = self._limits.prune_batch_max
+        async with self._sessions.begin() as session:
+            return await SessionRepository(session).prune(self._clock.now(), batch_max) == batch_max
+
+    async def _issue(
+        self, repository: SessionRepository, account: Account, session: Session, now: datetime
+    ) -> TokenPair:
+        refresh_token = refresh_tokens.new_refresh_token()
+        expires_at = min(now + timedelta(seconds=self._limits.refresh_ttl_s), session.expires_at)
+        await repository.add_token(session.id, refresh_tokens.digest(refresh_token), now=now, expires_at=expires_at)
+        return TokenPair(
+            access_token=self._tokens.access(account, session.id),
+            refresh_token=refresh_token,
+            expires_in_s=self._tokens.access_ttl_s,
+            refresh_expires_in_s=int((expires_at - now).total_seconds()),
+        )
+
+    async def _end_stolen(self, session: AsyncSession, stored: StoredToken, now: datetime) -> None:
+        if stored.session.revoked_at is not None:
+            return
+        owner = stored.session
+        await SessionRepository(session).revoke([owner.id], now, "refresh_token_reused")
+        entry = AuditEntry(
+            "session.refresh_token_reused", "session", owner.id, owner.user_id, None, owner.org_id, Origin(), {}
+        )
+        await audit.append(session, entry, now)
+
+    async def _record_failure(self, account: Account | None, verdict: Verdict, origin: Origin) -> None:
+        """What was typed as a name stays out: people type passwords there."""
+        reason = "unknown_user" if account is None else "disabled" if verdict.correct else "wrong_password"
+        entry = AuditEntry(
+            action="sign_in.failed",
+            target_type="user",
+            target_id=account.user_id if account else None,
+            actor_user_id=None,
+            actor_key_id=None,
+            org_id=account.org_id if account else None,
+            origin=origin,
+            details={"reason": reason},
+        )
+        async with self._sessions.begin() as session:
+            await audit.append(session, entry, self._clock.now())
+
+
+def _is_live(session: Session, now: datetime) -> bool:
+    return session.revoked_at is None and session.expires_at > now
+
+
+def _require_person(actor: Actor) -> None:
+    if actor.identity.kind != "user":
+        raise PermissionDenied("Sessions belong to people: use an access token.", code="not_a_person")

@@ -1,0 +1,80 @@
+"""What auth reads from the environment. Only app.py, cli.py and __main__.py read it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.runtime import ServiceSettings
+
+SECRET_KEY_BYTES = 32
+
+
+class AuthSettings(ServiceSettings):
+    """The service's settings; secrets do not print."""
+
+    auth_http_listen: str = "127.0.0.1:8101"
+    auth_database_url: SecretStr
+    redis_url: SecretStr
+    api_key_peppers: SecretStr
+    auth_secret_key: SecretStr
+
+    auth_access_token_ttl_s: int = Field(default=900, ge=1)
+    auth_refresh_token_ttl_s: int = Field(default=30 * 86_400, ge=1)
+    auth_session_ttl_s: int = Field(default=90 * 86_400, ge=1)
+    auth_sessions_per_user_max: int = Field(default=50, ge=1)
+    auth_keys_per_org_max: int = Field(default=1_000, ge=1)
+
+    # argon2id as OWASP's password storage cheat sheet sets it: 19 MiB, two passes, one lane.
+    auth_argon2_time_cost: int = Field(default=2, ge=1)
+    auth_argon2_memory_kib: int = Field(default=19_456, ge=8)
+    auth_argon2_parallelism: int = Field(default=1, ge=1)
+    auth_argon2_threads: int = Field(default=2, ge=1)
+    auth_argon2_queue_max: int = Field(default=64, ge=0)
+
+    auth_database_pool_size: int = Field(default=10, ge=1)
+    auth_redis_timeout_ms: int = Field(default=100, ge=1)
+    auth_outbox_interval_ms: int = Field(default=500, ge=1)
+    auth_outbox_batch_max: int = Field(default=500, ge=1)
+    auth_prune_interval_s: int = Field(default=3_600, ge=1)
+    auth_prune_batch_max: int = Field(default=10_000, ge=1)
+
+    @field_validator("auth_secret_key")
+    @classmethod
+    def _is_aes_256(cls, value: SecretStr) -> SecretStr:
+        _decode_secret_key(value)
+        return value
+
+    @property
+    def secret_key(self) -> bytes:
+        """The AES-256 key that encrypts the JWT signing keys at rest."""
+        return _decode_secret_key(self.auth_secret_key)
+
+
+class BootstrapSettings(AuthSettings):
+    """As the service, and the password of the user to make."""
+
+    bootstrap_password: SecretStr
+
+
+class MigrationSettings(BaseSettings):
+    """The owner's URL, and those of the roles that `migrate` makes."""
+
+    model_config = SettingsConfigDict(env_prefix="TOLLGATE_", frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr
+    auth_database_url: SecretStr
+    gateway_database_url: SecretStr
+
+
+def _decode_secret_key(value: SecretStr) -> bytes:
+    try:
+        secret = base64.b64decode(value.get_secret_value(), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise ValueError("is not base64") from e
+    if len(secret) != SECRET_KEY_BYTES:
+        raise ValueError(f"wants {SECRET_KEY_BYTES} bytes in base64")
+    return secret

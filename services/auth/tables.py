@@ -1,0 +1,268 @@
+"""The tables of schema `auth`; migrations/versions/0001_initial.py writes the same by hand, with triggers and the view.
+
+Every table that belongs to a tenant has `org_id`; repository.py filters by it in one place.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INET, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from shared.database import metadata
+
+NOW = text("now()")
+
+
+class Base(DeclarativeBase):
+    metadata = metadata("auth")
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it as a plain class attribute
+        str: Text(),
+        int: Integer(),
+        bytes: LargeBinary(),
+        UUID: Uuid(),
+        datetime: DateTime(timezone=True),
+        list[str]: ARRAY(Text()),
+        dict[str, Any]: JSONB(),
+    }
+
+
+class RoleRow(Base):
+    """What a person may be on this installation: user, operator, admin."""
+
+    __tablename__ = "role"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    description: Mapped[str]
+
+
+class PermissionRow(Base):
+    """A scope that exists."""
+
+    __tablename__ = "permission"
+
+    scope: Mapped[str] = mapped_column(primary_key=True)
+    description: Mapped[str]
+
+
+class RolePermissionRow(Base):
+    __tablename__ = "role_permission"
+
+    role: Mapped[str] = mapped_column(ForeignKey("role.name"), primary_key=True)
+    scope: Mapped[str] = mapped_column(ForeignKey("permission.scope"), primary_key=True)
+
+
+class PlanRow(Base):
+    """Limits that an organisation's keys have unless they set their own."""
+
+    __tablename__ = "plan"
+    __table_args__ = (
+        CheckConstraint(
+            "limits ?& ARRAY['minute', 'hour', 'day', 'concurrency', 'tokens_per_minute']", name="limits_complete"
+        ),
+    )
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    description: Mapped[str]
+    limits: Mapped[dict[str, Any]]
+
+
+class UserRow(Base):
+    __tablename__ = "user_account"
+    __table_args__ = (
+        CheckConstraint("status IN ('active', 'disabled')", name="status"),
+        Index("uq_user_account_username_lower", func.lower(text("username")), unique=True),
+        Index("uq_user_account_email_lower", func.lower(text("email")), unique=True),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    username: Mapped[str]
+    email: Mapped[str]
+    password_hash: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default="active")
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    updated_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class UserRoleRow(Base):
+    __tablename__ = "user_role"
+
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"), primary_key=True)
+    role: Mapped[str] = mapped_column(ForeignKey("role.name"), primary_key=True)
+    granted_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class OrganizationRow(Base):
+    """The tenant. Registration makes a personal one."""
+
+    __tablename__ = "organization"
+    __table_args__ = (CheckConstraint("status IN ('active', 'suspended')", name="status"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    plan: Mapped[str] = mapped_column(ForeignKey("plan.name"), server_default="default")
+    personal: Mapped[bool] = mapped_column(server_default=text("false"))
+    status: Mapped[str] = mapped_column(server_default="active")
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class MembershipRow(Base):
+    """Who belongs to an organisation, and as what; not to be confused with the roles on the installation."""
+
+    __tablename__ = "membership"
+    __table_args__ = (
+        CheckConstraint("role IN ('owner', 'manager', 'member')", name="role"),
+        Index(None, "user_id"),
+    )
+
+    org_id: Mapped[UUID] = mapped_column(ForeignKey("organization.id"), primary_key=True)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"), primary_key=True)
+    role: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class SessionRow(Base):
+    """One sign-in. `revoked_at` ends the whole family of its refresh tokens."""
+
+    __tablename__ = "session"
+    __table_args__ = (Index(None, "user_id", "created_at"), Index(None, "expires_at"))
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
+    org_id: Mapped[UUID] = mapped_column(ForeignKey("organization.id"))
+    created_at: Mapped[datetime]
+    last_used_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    revoked_reason: Mapped[str | None]
+    user_agent: Mapped[str] = mapped_column(server_default="")
+    address: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
+
+
+class RefreshTokenRow(Base):
+    """A refresh token at rest. It is used once: one that comes back with `used_at` set was stolen, or copied."""
+
+    __tablename__ = "refresh_token"
+    __table_args__ = (Index(None, "session_id"),)
+
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    session_id: Mapped[UUID] = mapped_column(ForeignKey("session.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+
+
+class ApiKeyRow(Base):
+    """An API key at rest. `version` grows with every change that the gateway must hear of."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (
+        CheckConstraint("status IN ('active', 'revoked')", name="status"),
+        CheckConstraint("(status = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_at"),
+        CheckConstraint("version > 0", name="version"),
+        CheckConstraint("digest ~ '^[0-9a-f]{64}$'", name="digest"),
+        Index("uq_api_key_digest", "digest", unique=True),
+        Index(None, "org_id", "id"),
+        Index(None, "user_id"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    org_id: Mapped[UUID] = mapped_column(ForeignKey("organization.id"))
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
+    name: Mapped[str]
+    prefix: Mapped[str]
+    digest: Mapped[str]
+    pepper: Mapped[int]
+    scopes: Mapped[list[str]]
+    models: Mapped[list[str] | None]
+    limits: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    limit_id: Mapped[UUID]
+    version: Mapped[int] = mapped_column(BigInteger, server_default=text("1"))
+    status: Mapped[str] = mapped_column(server_default="active")
+    expires_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class KeyOutboxRow(Base):
+    """Changes of keys that Redis has not heard of yet; a row goes when it has."""
+
+    __tablename__ = "key_outbox"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    key_id: Mapped[UUID] = mapped_column(ForeignKey("api_key.id"))
+    org_id: Mapped[UUID]
+    digest: Mapped[str]
+    version: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class SigningKeyRow(Base):
+    """A key that signs access tokens. The private half is AES-256-GCM, nonce first, bound to `kid`."""
+
+    __tablename__ = "signing_key"
+
+    kid: Mapped[str] = mapped_column(primary_key=True)
+    public_jwk: Mapped[dict[str, Any]]
+    private_key: Mapped[bytes]
+    created_at: Mapped[datetime]
+    retired_at: Mapped[datetime | None]
+
+
+class AuditRow(Base):
+    """Append-only: a trigger refuses UPDATE, DELETE and TRUNCATE, and the service's role has no right to them."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = (Index(None, "org_id", "id"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    action: Mapped[str]
+    actor_user_id: Mapped[UUID | None]
+    actor_key_id: Mapped[UUID | None]
+    org_id: Mapped[UUID | None]
+    target_type: Mapped[str]
+    target_id: Mapped[UUID | None]
+    request_id: Mapped[str] = mapped_column(server_default="")
+    address: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
+    details: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+
+
+# What the service's own role may do; `migrate` gives it exactly this.
+SERVICE_GRANTS = {
+    "role": "SELECT",
+    "permission": "SELECT",
+    "role_permission": "SELECT",
+    "plan": "SELECT",
+    "user_account": "SELECT, INSERT, UPDATE",
+    "user_role": "SELECT, INSERT, DELETE",
+    "organization": "SELECT, INSERT, UPDATE",
+    "membership": "SELECT, INSERT, DELETE",
+    "session": "SELECT, INSERT, UPDATE, DELETE",
+    "refresh_token": "SELECT, INSERT, UPDATE, DELETE",
+    "api_key": "SELECT, INSERT, UPDATE",
+    "key_outbox": "SELECT, INSERT, DELETE",
+    "signing_key": "SELECT, INSERT, UPDATE",
+    "audit_log": "SELECT, INSERT",
+}
+# The gateway reads the view of keys and nothing else.
+GATEWAY_GRANTS = {"key_view": "SELECT"}

@@ -4,10 +4,7 @@
 #   TOLLGATE_PORT=8090       the gateway's port
 #   TOLLGATE_STATE=/path     the state directory (default .tollgate); another one is another stack
 #
-# A file .env (see .env.example) is read for these and for what the services take.
-
--include .env
-export TOLLGATE_PORT TOLLGATE_STATE TOLLGATE_LOG_LEVEL TOLLGATE_SIGNUP_CREDITS OTEL_EXPORTER_OTLP_ENDPOINT
+# TOLLGATE_* are read from the environment too, and from a file .env (see .env.example).
 
 PYTHON ?= python3
 LOCAL := $(PYTHON) -m deploy.local

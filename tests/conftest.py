@@ -138,7 +138,7 @@ def components(state_directory: Path) -> Iterator[Components]:
 @pytest.fixture(scope="session")
 def stack(state_directory: Path) -> Iterator[RunningStack]:
     """The whole stack; see the module's docstring."""
-    complete = Stack(Layout(ROOT, state_directory / "stack"), pick_port(frozenset()), os.environ)
+    complete = Stack(Layout(ROOT, state_directory / "stack"), pick_port(frozenset()), {})
     try:
         yield RunningStack(complete, complete.up(Progress(None, STEPS)))
     finally:

@@ -159,6 +159,15 @@ class Environments:
             raise LaunchError(preflight.explain_failure(what, output))
 
 
+def read_env_file(path: Path) -> dict[str, str]:
+    """The NAME=value lines of .env, which docker compose reads too; none without the file."""
+    if not path.exists():
+        return {}
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def clean_environment() -> dict[str, str]:
     """The caller's environment without what would mix another Python's packages into ours."""
     return {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
@@ -207,6 +216,8 @@ def _read(stamp: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> None:
     """Make the environments when the command needs them, then become `deploy.local.cli` in `.venv`."""
+    for name, value in read_env_file(ROOT / ".env").items():
+        os.environ.setdefault(name, value)
     layout = layout_from(ROOT, os.environ)
     python = ROOT / ".venv" / "bin" / "python"
     command = arguments[0] if arguments else ""

@@ -129,6 +129,6 @@ def output_budget(asked: int | None, *, default: int, prompt_tokens: int, contex
 
 
 def credits_text(nano: int) -> str:
-    """Nano-credits as a decimal string of credits, exact: 1_500_000_000 → "1.5"."""
+    """Nano-credits as exact decimal credits, written as billing writes them: 1_500_000_000 → "1.50"."""
     whole, fraction = divmod(nano, NANO_PER_CREDIT)
-    return f"{whole}.{fraction:09d}".rstrip("0").rstrip(".") if fraction else str(whole)
+    return f"{whole}.{f'{fraction:09d}'.rstrip('0').ljust(2, '0')}"

@@ -209,10 +209,10 @@ async def test_models_have_openais_shape_with_context_builds_and_prices(chat: Ch
         ("small-b", "ready", False),
     ]
     assert one["prices"] == {
-        "per_request": "0",
-        "input_per_million": "1.5",
-        "cached_input_per_million": "0.5",
-        "output_per_million": "2",
+        "per_request": "0.00",
+        "input_per_million": "1.50",
+        "cached_input_per_million": "0.50",
+        "output_per_million": "2.00",
     }
 
 

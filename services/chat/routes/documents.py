@@ -24,8 +24,8 @@ _USAGE = {
     "prompt_tokens_details": {"cached_tokens": 0},
 }
 _RECEIPT = {
-    "held": "0.000092",
-    "settled": "0.000038",
+    "held": "0.0103",
+    "settled": "0.0025",
     "build": "chat-mini-q8_0",
     "hold_id": "019aa0e3-5f4e-7c31-8a55-0c7f3a4b9d10",
 }
@@ -135,10 +135,10 @@ _MODEL = {
     "description": "A small demonstration model.",
     "context_window": 1024,
     "prices": {
-        "per_request": "0",
-        "input_per_million": "1",
-        "cached_input_per_million": "0.5",
-        "output_per_million": "2",
+        "per_request": "0.00",
+        "input_per_million": "50.00",
+        "cached_input_per_million": "25.00",
+        "output_per_million": "150.00",
     },
     "builds": [
         {

@@ -1,0 +1,70 @@
+"""Billing, constructed in order."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+from services.billing.ledger.writer import Writer, WriterLimits
+from services.billing.repository import pool as database
+from services.billing.repository.pool import PoolLimits
+from services.billing.routes import admin, prices, transactions, wallet
+from services.billing.service import Billing, Prices
+from services.billing.servicer import Servicer
+from services.billing.settings import BillingSettings
+from services.billing.tasks import Gauges, Sweeper
+from shared import grpc, web
+from shared.clock import SystemClock
+from shared.identity import IdentityRing
+from shared.rpc.billing_pb2_grpc import add_LedgerServicer_to_server
+from shared.runtime import HttpServer, Service
+from shared.telemetry import BillingMetrics, GrpcMetrics, new_registry
+from shared.web import Readiness
+
+
+async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Readiness) -> Service:
+    """Construct the service; the stack closes what was opened, in reverse order."""
+    ring = IdentityRing(settings.identity_keys.get_secret_value(), SystemClock())
+    registry = new_registry()
+    metrics = BillingMetrics(registry)
+
+    limits = PoolLimits(
+        connections_max=settings.billing_database_connections_max,
+        acquire_timeout_s=settings.billing_database_acquire_timeout_s,
+    )
+    pool = await database.create_pool(settings.billing_database_url.get_secret_value(), limits)
+    stack.push_async_callback(pool.close)
+    readiness.add("postgres", lambda: database.ping(pool))
+
+    writer_limits = WriterLimits(
+        operation_timeout_s=settings.billing_operation_timeout_s,
+        acquire_timeout_s=settings.billing_database_acquire_timeout_s,
+        operations_in_flight_max=settings.billing_operations_in_flight_max,
+    )
+    ledger = Writer(pool, signup_credits=settings.signup_nano, metrics=metrics, limits=writer_limits)
+    stack.push_async_callback(ledger.close)
+    billing, price_service = Billing(pool, ledger), Prices(pool)
+
+    app = web.create_app(
+        "billing", ring=ring, registry=registry, readiness=readiness, description="Wallets, prices and the ledger."
+    )
+    app.state.billing, app.state.prices = billing, price_service
+    for noun in (wallet, transactions, prices, admin):
+        app.include_router(noun.router)
+
+    server = grpc.create_server(ring, GrpcMetrics(registry, "billing"))
+    add_LedgerServicer_to_server(Servicer(ledger, price_service), server)
+
+    sweeper = Sweeper(
+        pool,
+        ledger,
+        metrics,
+        interval_s=settings.billing_sweep_interval_s,
+        batch_max=settings.billing_sweep_batch_max,
+    )
+    gauges = Gauges(pool, metrics, interval_s=settings.billing_gauges_interval_s)
+    return Service(
+        http=[HttpServer(app, settings.billing_http_listen)],
+        grpc=server,
+        grpc_listen=settings.billing_grpc_listen,
+        tasks={"sweeper": sweeper.run, "gauges": gauges.run},
+    )

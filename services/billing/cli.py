@@ -1,0 +1,77 @@
+"""The command line: `python -m services.billing [migrate | prices | verify]`; without a command it serves."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.billing.app import build
+from services.billing.price_file import PriceFileError, read_prices
+from services.billing.repository.pool import PoolLimits, create_pool
+from services.billing.repository.verification import verify as verify_ledger
+from services.billing.service import Prices
+from services.billing.settings import BillingSettings, DatabaseSettings, MigrationSettings
+from services.billing.tables import SERVICE_GRANTS
+from shared import database, runtime
+from shared.errors import TollgateError
+
+SCHEMA = "billing"
+PUBLISHED_BY = "cli"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.callback(invoke_without_command=True)
+def serve(context: typer.Context) -> None:
+    """Serve until SIGTERM, unless a command is given."""
+    if context.invoked_subcommand is None:
+        runtime.main("billing", BillingSettings, build)
+
+
+@app.command()
+def migrate() -> None:
+    """Make role and schema, bring the tables to the newest revision, give the role its rights. Idempotent."""
+    settings = runtime.load(MigrationSettings)
+    migrate_urls(settings.database_url.get_secret_value(), settings.billing_database_url.get_secret_value())
+
+
+def migrate_urls(owner_url: str, billing_url: str) -> None:
+    """What `migrate` does, for who has the URLs at hand. Raises whatever the database says."""
+    database.migrate(SCHEMA, owner_url, billing_url)
+    database.set_grants(SCHEMA, owner_url, billing_url, SERVICE_GRANTS)
+
+
+@app.command()
+def prices(
+    file: Annotated[Path, typer.Option(exists=True, dir_okay=False, readable=True, help="TOML with [[price]] tables.")],
+) -> None:
+    """Publish list prices, effective now. A price that says what is in force already is left alone."""
+    settings = runtime.load(DatabaseSettings)
+    try:
+        asyncio.run(_publish(settings.billing_database_url.get_secret_value(), file))
+    except (PriceFileError, TollgateError) as e:
+        typer.echo(f"prices: {e.message if isinstance(e, TollgateError) else e}", err=True)
+        raise typer.Exit(1) from None
+
+
+async def _publish(url: str, file: Path) -> None:
+    wanted = read_prices(file)
+    async with create_pool(url, PoolLimits(connections_max=2)) as pool:
+        service = Prices(pool)
+        for model, customer_class, terms in wanted:
+            published = await service.bring_up_to_date(model, customer_class, terms, PUBLISHED_BY)
+            typer.echo(f"{model} ({customer_class}): {'unchanged' if published is None else 'published'}")
+
+
+@app.command()
+def verify() -> None:
+    """Replay every wallet and compare. Exits 1 when anything differs; changes nothing."""
+    settings = runtime.load(DatabaseSettings)
+    report = asyncio.run(verify_ledger(settings.billing_database_url.get_secret_value()))
+    for line in report.lines():
+        typer.echo(line)
+    if not report.is_clean:
+        raise typer.Exit(1)

@@ -1,0 +1,101 @@
+"""What billing refuses, by code. A refusal of the ledger is remembered by its code and raised again from it."""
+
+from __future__ import annotations
+
+from shared.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    PaymentRequired,
+    PermissionDenied,
+    TollgateError,
+    Unavailable,
+    Unprocessable,
+)
+
+
+class InsufficientCredits(PaymentRequired):
+    """The wallet would not cover this even if nothing else were in flight."""
+
+    default_code = "insufficient_quota"
+    default_message = "The wallet has not enough credits for this request. Add credits, or lower max_tokens."
+
+
+class CreditsReserved(PaymentRequired):
+    """The wallet would cover this once requests in flight have given back what they reserve."""
+
+    default_code = "credits_reserved"
+    default_message = "The wallet's credits are reserved by requests in flight. Retry when they have finished."
+
+
+class WalletFrozen(PermissionDenied):
+    default_code = "wallet_frozen"
+    default_message = "This wallet is frozen. Ask the operator."
+
+
+class ModelNotPriced(NotFound):
+    default_code = "model_not_priced"
+    default_message = "This model has no price, so it cannot be used yet."
+
+
+class HoldNotFound(NotFound):
+    default_code = "hold_not_found"
+    default_message = "There is no hold of this id in this wallet."
+
+
+class HoldResolved(Conflict):
+    default_code = "hold_resolved"
+    default_message = "This hold was resolved before, in another way; the first resolution stands."
+
+
+class HoldNotExpired(Conflict):
+    default_code = "hold_not_expired"
+    default_message = "This hold has not expired yet."
+
+
+class IdempotencyMismatch(Unprocessable):
+    default_code = "idempotency_mismatch"
+    default_message = "This idempotency key was used before with another body. Use a new key for a new request."
+
+
+class PriceOverlap(Conflict):
+    default_code = "price_overlap"
+    default_message = "Another version of this price is in force or scheduled after that time."
+
+
+class AmountTooLarge(InvalidRequest):
+    default_code = "invalid_request"
+    default_message = "The amount is larger than the ledger can hold."
+
+
+class ExpiryInPast(InvalidRequest):
+    default_code = "expiry_in_past"
+    default_message = "expires_at lies in the past."
+
+
+class IdempotencyKeyRequired(InvalidRequest):
+    default_code = "idempotency_key_required"
+    default_message = "Send an Idempotency-Key header of 1 to 255 printable characters, new for each request."
+
+
+class LedgerUnavailable(Unavailable):
+    """No database, or too much waiting: nothing was applied, or the same id finds out what was."""
+
+    default_code = "billing_unavailable"
+    default_message = "Billing is not available right now. Retry."
+
+
+REFUSALS: dict[str, type[TollgateError]] = {
+    cls.default_code: cls
+    for cls in (
+        InsufficientCredits,
+        CreditsReserved,
+        WalletFrozen,
+        ModelNotPriced,
+        HoldResolved,
+        IdempotencyMismatch,
+        AmountTooLarge,
+        ExpiryInPast,
+    )
+}
+"""The refusals that are remembered. A hold that is not there, or not expired, may be so the next moment."""

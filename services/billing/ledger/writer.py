@@ -1,0 +1,274 @@
+"""Applies operations to the ledger: one operation is one transaction.
+
+    lock the wallet's row → was this done before? → load the book → kernel → write, and remember → COMMIT → answer
+
+Failure modes:
+- The connection breaks, or PostgreSQL restarts, or gives up the transaction: nothing was written, or all of it was
+  and the acknowledgement was lost. Either way the same operation is sent again, a bounded number of times, and finds
+  out by its key. After that the caller gets `billing_unavailable` and may come again with the same id.
+- The caller goes away: the transaction goes on, in a task of its own, and `close` waits for it.
+- Too many wait: `billing_overloaded`, at once.
+Operations on one wallet queue up in this process before they take a connection, so that one busy wallet does not
+starve the others of the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+import asyncpg
+
+from services.billing.domain import NANO_PER_CREDIT, customer_classes
+from services.billing.errors import REFUSALS, HoldNotFound, IdempotencyMismatch, LedgerUnavailable
+from services.billing.ledger import kernel
+from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
+from services.billing.ledger.operations import (
+    GrantCredits,
+    Operation,
+    PlaceHold,
+    Result,
+    result_from_json,
+    result_to_json,
+)
+from services.billing.repository import ledger as repository
+from services.billing.repository.ledger import Connection, Locked, Remembered
+from shared.errors import TollgateError
+from shared.ids import uuid7
+from shared.telemetry import BillingMetrics, get_logger
+
+log = get_logger(__name__)
+
+SIGNUP_SOURCE = "signup"
+GRANT_PRIORITY = 100
+
+TRANSIENT: tuple[type[BaseException], ...] = (
+    asyncpg.SerializationError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.QueryCanceledError,
+    asyncpg.UniqueViolationError,  # another transaction was first with this key; the next look finds it
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InterfaceError,
+    TimeoutError,
+    OSError,
+)
+
+
+class Ledger(Protocol):
+    """What the rest of billing knows of the ledger."""
+
+    async def apply(self, operation: Operation) -> Result:
+        """Apply an operation, or find out what became of it. The result is durable when this returns.
+
+        Raises the refusal (services/billing/errors.py), or LedgerUnavailable.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class WriterLimits:
+    """Every wait and queue of the writer."""
+
+    attempts_max: int = 5
+    backoff_first_s: float = 0.02
+    backoff_max_s: float = 0.5
+    operation_timeout_s: float = 15.0
+    acquire_timeout_s: float = 5.0
+    operations_in_flight_max: int = 1_000
+
+
+class Writer:
+    """The ledger on PostgreSQL, one transaction an operation. `signup_credits` is in nano-credits."""
+
+    def __init__(
+        self, pool: asyncpg.Pool, *, signup_credits: int, metrics: BillingMetrics, limits: WriterLimits | None = None
+    ) -> None:
+        self._pool = pool
+        self._signup_credits = signup_credits
+        self._metrics = metrics
+        self._limits = limits or WriterLimits()
+        self._queues: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+        self._tasks: set[asyncio.Task[Result]] = set()
+
+    async def apply(self, operation: Operation) -> Result:
+        """See `Ledger.apply`."""
+        if len(self._tasks) >= self._limits.operations_in_flight_max:
+            self._count(operation, "billing_overloaded")
+            raise LedgerUnavailable(code="billing_overloaded", retry_after_s=1)
+        task = asyncio.create_task(self._apply(operation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Wait for what is under way; its callers may be gone."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _apply(self, operation: Operation) -> Result:
+        try:
+            async with asyncio.timeout(self._limits.operation_timeout_s):
+                queue = self._queues.setdefault(operation.wallet_id, asyncio.Lock())
+                async with queue:
+                    return await self._attempts(operation)
+        except TimeoutError as e:
+            self._count(operation, LedgerUnavailable.default_code)
+            raise LedgerUnavailable(detail="operation_timeout_s is over", retry_after_s=1) from e
+        except TollgateError as e:
+            self._count(operation, e.code)
+            raise
+
+    async def _attempts(self, operation: Operation) -> Result:
+        for attempt in range(1, self._limits.attempts_max + 1):
+            try:
+                return await self._once(operation)
+            except TRANSIENT as e:
+                log.warning("operation_interrupted", key=operation.key, attempt=attempt, cause=type(e).__name__)
+                if attempt == self._limits.attempts_max:
+                    raise LedgerUnavailable(detail=type(e).__name__, retry_after_s=1) from e
+            ceiling_s = min(self._limits.backoff_max_s, self._limits.backoff_first_s * 2**attempt)
+            await asyncio.sleep(random.uniform(ceiling_s / 2, ceiling_s))  # noqa: S311 - spreads retries
+        raise AssertionError("attempts_max is at least 1")
+
+    async def _once(self, operation: Operation) -> Result:
+        async with self._pool.acquire(timeout=self._limits.acquire_timeout_s) as connection:
+            transaction = _Transaction(connection, operation, self._signup_credits)
+            async with connection.transaction():
+                await transaction.run()
+        if transaction.book is not None:
+            self._count_credits(transaction.book.rows)
+        if transaction.refusal is not None:
+            raise transaction.refusal
+        self._count(operation, "replayed" if transaction.replayed else "applied")
+        return transaction.result
+
+    def _count(self, operation: Operation, result: str) -> None:
+        self._metrics.operations.labels(operation.kind, result).inc()
+
+    def _count_credits(self, rows: Rows) -> None:
+        for usage in rows.usages:
+            self._metrics.credits_settled.labels(usage.hold.model, usage.build).inc(usage.cost / NANO_PER_CREDIT)
+
+
+class _Transaction:
+    """One attempt at one operation. After COMMIT it has a `result` or a `refusal`."""
+
+    def __init__(self, connection: Connection, operation: Operation, signup_credits: int) -> None:
+        self._connection = connection
+        self._operation = operation
+        self._signup_credits = signup_credits
+        self.result: Result = None
+        self.refusal: TollgateError | None = None
+        self.replayed = False
+        self.book: Book | None = None
+
+    async def run(self) -> None:
+        connection, operation = self._connection, self._operation
+        locked = await repository.lock_wallet(connection, operation.wallet_id)
+        is_new = False
+        if locked is None:
+            if not operation.opens_wallet:
+                raise HoldNotFound()
+            is_new = await repository.insert_wallet(connection, operation.wallet_id)
+            locked = await repository.lock_wallet(connection, operation.wallet_id)
+            assert locked is not None, "wallets are never removed"
+        if operation.remembered:
+            remembered = await repository.find_operation(connection, operation.tenant, operation.keys)
+            if remembered is not None:
+                self._recall(remembered)
+                return
+        book = await self._load(locked, is_new)
+        if is_new:
+            await self._open(book)
+        await self._decide(book)
+        if book.touched or book.rows != Rows():
+            await repository.write(connection, book)
+        self.book = book
+
+    def _recall(self, remembered: Remembered) -> None:
+        """Raising ends the transaction: nothing has been written but, perhaps, the row of a wallet that stays away."""
+        if remembered.body_sha256 != self._operation.body_sha256():
+            raise IdempotencyMismatch()
+        if remembered.refusal is not None:
+            raise REFUSALS[remembered.refusal](**json.loads(remembered.result))
+        self.result = result_from_json(remembered.kind, remembered.result)
+        self.replayed = True
+
+    async def _load(self, locked: Locked, is_new: bool) -> Book:
+        operation = self._operation
+        book = Book(
+            wallet_id=operation.wallet_id,
+            seq=locked.seq,
+            is_frozen=locked.is_frozen,
+            # A clock that was set back does not reorder a wallet's history.
+            now=max(await repository.clock(self._connection), locked.updated_at),
+            op_id=uuid7(),
+            accounts={},
+        )
+        if is_new:
+            for kind in SYSTEM_KINDS:
+                book.add_account(Account(uuid7(), kind))
+        else:
+            await repository.load_accounts(self._connection, book)
+        hold_id = getattr(operation, "hold_id", None)
+        if hold_id is not None:
+            await repository.load_hold(self._connection, book, hold_id)
+        if isinstance(operation, PlaceHold):
+            classes = customer_classes(operation.wallet_id, operation.plan)
+            await repository.load_prices(self._connection, book, operation.model, classes)
+        return book
+
+    async def _open(self, book: Book) -> None:
+        """The sign-up grant is an operation of its own, in the transaction that opens the wallet."""
+        if self._signup_credits == 0:
+            return
+        signup = GrantCredits(
+            wallet_id=book.wallet_id,
+            account_id=uuid7(),
+            amount=self._signup_credits,
+            source=SIGNUP_SOURCE,
+            reason="Credits for a new wallet",
+            priority=GRANT_PRIORITY,
+            expires_at=None,
+            idempotency_tenant=book.wallet_id,
+            idempotency_key=f"signup:{book.wallet_id}",
+            granted_by="service",
+        )
+        await self._remember(book, signup, signup.key, kernel.decide(book, signup), None)
+        book.op_id = uuid7()
+
+    async def _decide(self, book: Book) -> None:
+        operation = self._operation
+        key = kernel.memory_key(book, operation)
+        try:
+            self.result = kernel.decide(book, operation)
+        except TollgateError as e:
+            self.refusal = e
+            if e.code not in REFUSALS:
+                return
+        if operation.remembered:
+            await self._remember(book, operation, key, self.result, self.refusal)
+
+    async def _remember(
+        self, book: Book, operation: Operation, key: str, result: Result, refusal: TollgateError | None
+    ) -> None:
+        details = {} if refusal is None else {"param": refusal.param, "retry_after_s": refusal.retry_after_s}
+        await repository.insert_operation(
+            self._connection,
+            tenant=operation.tenant,
+            key=key,
+            op_id=book.op_id,
+            kind=operation.kind,
+            body_sha256=operation.body_sha256(),
+            refusal=None if refusal is None else refusal.code,
+            result=json.dumps(details) if refusal is not None else result_to_json(result),
+            actor=operation.actor,
+            at=book.now,
+        )

@@ -1,0 +1,46 @@
+"""What the background tasks ask: whose time is over, and how much is open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+import asyncpg
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over all wallets; `held` in nano-credits."""
+
+    open_holds: int
+    held: int
+    frozen_wallets: int
+
+
+async def expired_holds(pool: asyncpg.Pool, limit: int) -> list[tuple[UUID, UUID]]:
+    """(wallet, hold), the longest expired first."""
+    rows = await pool.fetch(
+        """SELECT wallet_id, hold_id FROM billing.open_hold
+        WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT $1""",
+        limit,
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+async def expired_grants(pool: asyncpg.Pool, limit: int) -> list[tuple[UUID, UUID]]:
+    """(wallet, grant's account), the longest expired first."""
+    rows = await pool.fetch(
+        """SELECT wallet_id, account_id FROM billing.expiring_grant
+        WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT $1""",
+        limit,
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+async def totals(pool: asyncpg.Pool) -> Totals:
+    row = await pool.fetchrow(
+        """SELECT count(*), coalesce(sum(h.amount), 0)::int8,
+            (SELECT count(*) FROM billing.wallet WHERE frozen_at IS NOT NULL)
+        FROM billing.open_hold o JOIN billing.hold h ON h.id = o.hold_id"""
+    )
+    return Totals(*row)

@@ -1,0 +1,125 @@
+"""What people look up: a wallet's sums, its transactions and its usage. Every query is of one wallet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import asyncpg
+
+from services.billing.domain import WalletView
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionRow:
+    """One transfer as its wallet sees it; `usage` fields are None where no tokens were involved."""
+
+    seq: int
+    id: UUID
+    kind: str
+    amount: int
+    balance_after: int
+    hold_id: UUID | None
+    created_at: datetime
+    effective_at: datetime
+    model: str | None
+    build: str | None
+    input_tokens: int | None
+    cached_input_tokens: int | None
+    output_tokens: int | None
+    reason: str | None
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One part of a request's usage."""
+
+    hold_id: UUID
+    part: int
+    user_id: UUID | None
+    key_id: UUID | None
+    model: str
+    build: str
+    price_id: UUID
+    input_tokens: int
+    cached_input_tokens: int
+    output_tokens: int
+    cost: int
+    finish_reason: str
+    duration_ms: int
+    request_id: str
+    created_at: datetime
+
+
+async def wallet(pool: asyncpg.Pool, org_id: UUID) -> WalletView | None:
+    """The sums of a wallet now; None when it was never opened."""
+    row = await pool.fetchrow(
+        """SELECT
+            coalesce(sum(a.credits_posted - a.debits_posted) FILTER (WHERE a.limited), 0)::int8 AS balance,
+            coalesce(sum(a.debits_pending) FILTER (WHERE a.limited), 0)::int8 AS held,
+            coalesce(sum(a.credits_posted - a.debits_posted - a.debits_pending) FILTER (
+                WHERE a.limited AND (g.expires_at IS NULL OR g.expires_at > clock_timestamp())), 0)::int8 AS available,
+            sum(a.debits_posted - a.credits_posted) FILTER (WHERE a.kind = 'receivable')::int8 AS receivable,
+            sum(a.debits_posted) FILTER (WHERE a.kind = 'funding')::int8 AS granted,
+            sum(a.credits_posted) FILTER (WHERE a.kind = 'revenue')::int8 AS spent,
+            w.frozen_at IS NOT NULL AS is_frozen, w.created_at
+        FROM billing.wallet w
+        JOIN billing.account a ON a.wallet_id = w.id
+        LEFT JOIN billing.credit_grant g ON g.account_id = a.id
+        WHERE w.id = $1 GROUP BY w.id""",
+        org_id,
+    )
+    return WalletView(org_id, **dict(row)) if row else None
+
+
+async def transactions(
+    pool: asyncpg.Pool,
+    org_id: UUID,
+    *,
+    before_seq: int | None,
+    kinds: list[str] | None,
+    since: datetime | None,
+    until: datetime | None,
+    limit: int,
+) -> list[TransactionRow]:
+    """Newest first. `since` is included, `until` is not."""
+    rows = await pool.fetch(
+        """SELECT t.wallet_seq, t.id, t.code, t.amount, t.balance_after, t.hold_id, t.booked_at, t.effective_at,
+            h.model, u.build, u.input_tokens, u.cached_input_tokens, u.output_tokens, g.reason, g.expires_at
+        FROM billing.transfer t
+        LEFT JOIN billing.hold h ON h.id = t.hold_id
+        LEFT JOIN billing.usage u ON u.hold_id = t.hold_id AND u.op_id = t.op_id
+        LEFT JOIN billing.credit_grant g ON g.account_id = t.credit_account
+        WHERE t.wallet_id = $1
+            AND ($2::int8 IS NULL OR t.wallet_seq < $2)
+            AND ($3::text[] IS NULL OR t.code = ANY($3))
+            AND ($4::timestamptz IS NULL OR t.booked_at >= $4)
+            AND ($5::timestamptz IS NULL OR t.booked_at < $5)
+        ORDER BY t.wallet_seq DESC LIMIT $6""",
+        org_id,
+        before_seq,
+        kinds,
+        since,
+        until,
+        limit,
+    )
+    return [TransactionRow(*row) for row in rows]
+
+
+async def usage(pool: asyncpg.Pool, org_id: UUID, *, before: tuple[UUID, int] | None, limit: int) -> list[UsageRecord]:
+    """Newest requests first, by the time at which their hold was made."""
+    hold_id, part = before or (None, None)
+    rows = await pool.fetch(
+        """SELECT hold_id, part, user_id, key_id, model, build, price_id, input_tokens, cached_input_tokens,
+            output_tokens, cost, finish_reason, duration_ms, request_id, created_at
+        FROM billing.usage
+        WHERE wallet_id = $1 AND ($2::uuid IS NULL OR (hold_id, part) < ($2, $3::int2))
+        ORDER BY hold_id DESC, part DESC LIMIT $4""",
+        org_id,
+        hold_id,
+        part,
+        limit,
+    )
+    return [UsageRecord(*row) for row in rows]

@@ -1,0 +1,43 @@
+"""Field types of bodies and answers that several routes share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from services.billing.domain import parse_credits
+from shared.errors import InvalidRequest
+
+CREDITS_CHARS_MAX = 20
+PAGE_DEFAULT = 50
+PAGE_MAX = 200
+
+
+def _nano(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError('is a decimal string of credits, such as "12.5".')
+    try:
+        return parse_credits(str(value)[: CREDITS_CHARS_MAX + 1])
+    except InvalidRequest as e:
+        raise ValueError(e.message) from None
+
+
+def _positive(value: int) -> int:
+    if value <= 0:
+        raise ValueError("is more than 0.")
+    return value
+
+
+# In: a decimal string (or a whole number) of credits, read as nano-credits. Floats are refused: they are not exact.
+CreditsIn = Annotated[int, BeforeValidator(_nano, json_schema_input_type=str)]
+PositiveCreditsIn = Annotated[CreditsIn, AfterValidator(_positive)]
+Model = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")]
+CustomerClass = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
+PageSize = Annotated[int, Field(ge=1, le=PAGE_MAX)]
+
+
+class Body(BaseModel):
+    """A request's body. Strict about names: a misspelt field must not silently mean its default."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)

@@ -1,0 +1,56 @@
+"""What billing reads from the environment. Only app.py, cli.py and __main__.py read it."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.billing.domain import parse_credits
+from shared.errors import TollgateError
+from shared.runtime import ServiceSettings
+
+
+class BillingSettings(ServiceSettings):
+    """The service's settings; secrets do not print."""
+
+    billing_http_listen: str = "127.0.0.1:8102"
+    billing_grpc_listen: str = "127.0.0.1:9102"
+    billing_database_url: SecretStr
+    signup_credits: str = "100"
+
+    billing_database_connections_max: int = Field(default=16, ge=2)
+    billing_database_acquire_timeout_s: float = Field(default=5, gt=0)
+    billing_operation_timeout_s: float = Field(default=15, gt=0)
+    billing_operations_in_flight_max: int = Field(default=1_000, ge=1)
+    billing_sweep_interval_s: float = Field(default=1, gt=0)
+    billing_sweep_batch_max: int = Field(default=200, ge=1)
+    billing_gauges_interval_s: float = Field(default=15, gt=0)
+
+    @field_validator("signup_credits")
+    @classmethod
+    def _is_an_amount(cls, value: str) -> str:
+        try:
+            parse_credits(value)
+        except TollgateError as e:
+            raise ValueError(e.message) from None
+        return value
+
+    @property
+    def signup_nano(self) -> int:
+        """The sign-up grant in nano-credits; 0 for none."""
+        return parse_credits(self.signup_credits)
+
+
+class DatabaseSettings(BaseSettings):
+    """For commands that work as the service's own role."""
+
+    model_config = SettingsConfigDict(env_prefix="TOLLGATE_", frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    billing_database_url: SecretStr
+    log_level: str = "INFO"
+
+
+class MigrationSettings(DatabaseSettings):
+    """And the owner's URL, for `migrate`."""
+
+    database_url: SecretStr

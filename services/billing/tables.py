@@ -1,0 +1,287 @@
+"""The tables of schema `billing`: what migration 0001 makes, and the rights of the service's own role.
+
+Amounts are int8 nano-credits. A wallet's id is its organisation's id. Ids of transfers and holds are UUIDv7, so that
+these tables can be partitioned by time on the primary key itself (docs/decisions/0102).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, TSTZRANGE, ExcludeConstraint
+
+from shared.database import metadata
+
+tables = metadata("billing")
+
+HOT_FILLFACTOR = 50  # room for HOT updates on the page itself
+
+
+def _at(name: str, *, nullable: bool = False) -> Column[object]:
+    return Column(name, TIMESTAMP(timezone=True), nullable=nullable)
+
+
+def _counter(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False)
+
+
+wallet = Table(
+    "wallet",
+    tables,
+    Column("id", Uuid, primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    _at("frozen_at", nullable=True),
+    _at("created_at"),
+    _at("updated_at"),
+    CheckConstraint("seq >= 0", name="seq"),
+    Index(None, "frozen_at", postgresql_where=text("frozen_at IS NOT NULL")),
+    postgresql_with={"fillfactor": HOT_FILLFACTOR},
+)
+
+account = Table(
+    "account",
+    tables,
+    Column("id", Uuid, primary_key=True),
+    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("limited", Boolean, nullable=False),
+    _counter("debits_posted"),
+    _counter("credits_posted"),
+    _counter("debits_pending"),
+    _counter("credits_pending"),
+    CheckConstraint("kind IN ('grant', 'funding', 'revenue', 'receivable', 'breakage')", name="kind"),
+    CheckConstraint("limited = (kind = 'grant')", name="limited_kind"),
+    CheckConstraint(
+        "debits_posted >= 0 AND credits_posted >= 0 AND debits_pending >= 0 AND credits_pending >= 0", name="counters"
+    ),
+    CheckConstraint("NOT limited OR debits_posted + debits_pending <= credits_posted", name="never_negative"),
+    Index(None, "wallet_id"),
+    Index("uq_account_wallet_id_system", "wallet_id", "kind", unique=True, postgresql_where=text("kind <> 'grant'")),
+    postgresql_with={"fillfactor": HOT_FILLFACTOR},
+)
+
+credit_grant = Table(
+    "credit_grant",
+    tables,
+    Column("account_id", Uuid, ForeignKey("billing.account.id"), primary_key=True),
+    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    _at("effective_at"),
+    _at("expires_at", nullable=True),
+    Column("source", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Index(None, "wallet_id"),
+)
+
+expiring_grant = Table(
+    "expiring_grant",
+    tables,
+    Column("account_id", Uuid, ForeignKey("billing.credit_grant.account_id"), primary_key=True),
+    Column("wallet_id", Uuid, nullable=False),
+    _at("expires_at"),
+    Index(None, "expires_at"),
+)
+
+op = Table(
+    "op",
+    tables,
+    Column("tenant", Uuid, primary_key=True),
+    Column("idem_key", Text, primary_key=True),
+    Column("id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("body_sha256", LargeBinary, nullable=False),
+    Column("refusal", Text),
+    Column("result", JSONB, nullable=False),
+    Column("actor", Text, nullable=False),
+    _at("created_at"),
+    CheckConstraint("octet_length(body_sha256) = 32", name="body_sha256"),
+    CheckConstraint("length(idem_key) BETWEEN 1 AND 300", name="idem_key"),
+    Index(None, "id"),
+)
+
+transfer = Table(
+    "transfer",
+    tables,
+    Column("id", Uuid, primary_key=True),
+    Column("op_id", Uuid, nullable=False),
+    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("wallet_seq", BigInteger, nullable=False),
+    Column("debit_account", Uuid, ForeignKey("billing.account.id"), nullable=False),
+    Column("credit_account", Uuid, ForeignKey("billing.account.id"), nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("code", Text, nullable=False),
+    Column("hold_id", Uuid),
+    Column("balance_after", BigInteger, nullable=False),
+    _at("effective_at"),
+    _at("booked_at"),
+    CheckConstraint("amount > 0", name="amount"),
+    CheckConstraint("debit_account <> credit_account", name="two_accounts"),
+    CheckConstraint("balance_after >= 0", name="balance_after"),
+    CheckConstraint("code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry')", name="code"),
+    Index(None, "wallet_id", text("wallet_seq DESC")),
+    Index(None, "booked_at", postgresql_using="brin"),
+)
+
+tariff = Table(
+    "tariff",
+    tables,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("customer_class", Text, nullable=False),
+    UniqueConstraint("model", "customer_class"),
+)
+
+price = Table(
+    "price",
+    tables,
+    Column("id", Uuid, primary_key=True),
+    Column("tariff_id", BigInteger, ForeignKey("billing.tariff.id"), nullable=False),
+    Column("per_request", BigInteger, nullable=False),
+    Column("input", BigInteger, nullable=False),
+    Column("cached_input", BigInteger, nullable=False),
+    Column("output", BigInteger, nullable=False),
+    Column("validity", TSTZRANGE, nullable=False),
+    _at("created_at"),
+    Column("created_by", Text, nullable=False),
+    CheckConstraint("per_request >= 0 AND cached_input >= 0 AND cached_input <= input AND output >= 0", name="terms"),
+    CheckConstraint("NOT isempty(validity) AND lower(validity) IS NOT NULL", name="validity"),
+    # A range of one number stands for equality, which GiST knows for ranges without an extension.
+    ExcludeConstraint(
+        (func.int8range(text("tariff_id"), text("tariff_id"), text("'[]'")), "&&"),
+        (Column("validity"), "&&"),
+        using="gist",
+        name="ex_price_no_overlap",
+    ),
+)
+
+hold = Table(
+    "hold",
+    tables,
+    Column("id", Uuid, primary_key=True),
+    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("user_id", Uuid),
+    Column("key_id", Uuid),
+    Column("plan", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("price_id", Uuid, ForeignKey("billing.price.id"), nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    _at("created_at"),
+    CheckConstraint("amount >= 0", name="amount"),
+)
+
+hold_slice = Table(
+    "hold_slice",
+    tables,
+    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("account_id", Uuid, ForeignKey("billing.account.id"), nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    CheckConstraint("amount > 0", name="amount"),
+    UniqueConstraint("hold_id", "account_id"),
+)
+
+open_hold = Table(
+    "open_hold",
+    tables,
+    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("wallet_id", Uuid, nullable=False),
+    _at("expires_at"),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Index(None, "expires_at"),
+    postgresql_with={"fillfactor": HOT_FILLFACTOR},
+)
+
+hold_resolution = Table(
+    "hold_resolution",
+    tables,
+    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("op_id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    _at("resolved_at"),
+    CheckConstraint("kind IN ('post', 'void', 'expire')", name="kind"),
+    CheckConstraint("amount >= 0 AND (kind <> 'void' OR amount = 0)", name="amount"),
+)
+
+usage = Table(
+    "usage",
+    tables,
+    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("part", SmallInteger, primary_key=True),
+    Column("op_id", Uuid, nullable=False),
+    Column("wallet_id", Uuid, nullable=False),
+    Column("user_id", Uuid),
+    Column("key_id", Uuid),
+    Column("model", Text, nullable=False),
+    Column("build", Text, nullable=False),
+    Column("price_id", Uuid, ForeignKey("billing.price.id"), nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cost", BigInteger, nullable=False),
+    Column("finish_reason", Text, nullable=False),
+    Column("duration_ms", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    _at("created_at"),
+    CheckConstraint("part IN (0, 1)", name="part"),
+    CheckConstraint(
+        "input_tokens >= 0 AND cached_input_tokens >= 0 AND output_tokens >= 0 AND cost >= 0 AND duration_ms >= 0",
+        name="figures",
+    ),
+    Index(None, "wallet_id", text("hold_id DESC"), text("part DESC")),
+)
+
+topup = Table(
+    "topup",
+    tables,
+    Column("id", Uuid, primary_key=True),
+    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("provider", Text, nullable=False),
+    Column("provider_ref", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("status", Text, nullable=False, server_default=text("'pending'")),
+    Column("grant_account_id", Uuid, ForeignKey("billing.credit_grant.account_id")),
+    _at("created_at"),
+    _at("updated_at"),
+    CheckConstraint("amount > 0", name="amount"),
+    CheckConstraint("status IN ('pending', 'paid', 'failed')", name="status"),
+    CheckConstraint("(status = 'paid') = (grant_account_id IS NOT NULL)", name="paid_is_granted"),
+    UniqueConstraint("provider", "provider_ref"),
+    Index(None, "wallet_id"),
+)
+
+# What is written once. `migrate` gives no right to change these; triggers refuse even their owner.
+APPEND_ONLY = ("credit_grant", "op", "transfer", "tariff", "hold", "hold_slice", "hold_resolution", "usage")
+
+# What the service's own role may do; `migrate` gives it exactly this.
+SERVICE_GRANTS = {
+    **dict.fromkeys(APPEND_ONLY, "SELECT, INSERT"),
+    "wallet": "SELECT, INSERT, UPDATE (seq, frozen_at, updated_at)",
+    "account": "SELECT, INSERT, UPDATE (debits_posted, credits_posted, debits_pending, credits_pending)",
+    "open_hold": "SELECT, INSERT, DELETE, UPDATE (expires_at, input_tokens, cached_input_tokens, output_tokens)",
+    "expiring_grant": "SELECT, INSERT, DELETE",
+    "price": "SELECT, INSERT, UPDATE (validity)",
+    "topup": "SELECT, INSERT, UPDATE (status, grant_account_id, updated_at)",
+}

@@ -1,0 +1,76 @@
+"""What runs beside the requests: the sweeper, which ends what nobody ended in time, and the gauges."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import asyncpg
+
+from services.billing.domain import NANO_PER_CREDIT
+from services.billing.ledger.operations import ExpireGrant, ExpireHold
+from services.billing.ledger.writer import Ledger
+from services.billing.repository import due
+from shared.errors import Conflict, TollgateError
+from shared.telemetry import BillingMetrics, get_logger
+
+log = get_logger(__name__)
+
+
+class Sweeper:
+    """Expires holds and grants whose time is over on the database's clock. Any number of them may run at once."""
+
+    def __init__(
+        self, pool: asyncpg.Pool, ledger: Ledger, metrics: BillingMetrics, *, interval_s: float, batch_max: int
+    ) -> None:
+        self._pool = pool
+        self._ledger = ledger
+        self._metrics = metrics
+        self._interval_s = interval_s
+        self._batch_max = batch_max
+
+    async def run(self) -> None:
+        """Sweep for ever. A database that is away is tried again by the runtime."""
+        while True:
+            swept = await self.sweep()
+            if swept < self._batch_max:
+                await asyncio.sleep(self._interval_s)
+
+    async def sweep(self) -> int:
+        """One pass. How many were due and are done."""
+        holds = await due.expired_holds(self._pool, self._batch_max)
+        expired = await self._expire(ExpireHold(wallet_id, hold_id) for wallet_id, hold_id in holds)
+        self._metrics.holds_expired.inc(expired)
+        grants = await due.expired_grants(self._pool, self._batch_max)
+        return expired + await self._expire(ExpireGrant(wallet_id, account_id) for wallet_id, account_id in grants)
+
+    async def _expire(self, operations: Iterable[ExpireHold | ExpireGrant]) -> int:
+        done = 0
+        for operation in operations:
+            try:
+                await self._ledger.apply(operation)
+            except Conflict:
+                continue  # a settlement or a heartbeat was first
+            except TollgateError as e:
+                log.error("expiry_failed", key=operation.key, code=e.code, detail=e.detail)
+            else:
+                log.info("expired", key=operation.key, wallet_id=str(operation.wallet_id))
+                done += 1
+        return done
+
+
+class Gauges:
+    """Keeps the figures that are sums over the whole database."""
+
+    def __init__(self, pool: asyncpg.Pool, metrics: BillingMetrics, *, interval_s: float) -> None:
+        self._pool = pool
+        self._metrics = metrics
+        self._interval_s = interval_s
+
+    async def run(self) -> None:
+        while True:
+            totals = await due.totals(self._pool)
+            self._metrics.open_holds.set(totals.open_holds)
+            self._metrics.credits_held.set(totals.held / NANO_PER_CREDIT)
+            self._metrics.wallets_frozen.set(totals.frozen_wallets)
+            await asyncio.sleep(self._interval_s)

@@ -1,0 +1,232 @@
+"""Admission: who asks, may they, and within their limits? One Redis round trip for a warm key.
+
+    credential ─► identity ─► scope ─► limits ─► Admitted
+       401           403        429      (also 503 where nobody can tell)
+
+A request that its scope forbids is still looked up in Redis (with weight 0: nothing is drawn), so that a revoked key
+gets its 401 before anything else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from dataclasses import dataclass
+
+from services.gateway.keys import KeyStore
+from services.gateway.tokens import AccessTokens
+from services.gateway.upstreams import Access, Route
+from shared import apikeys
+from shared.clock import Clock
+from shared.errors import PermissionDenied, RateLimited, TollgateError, Unauthenticated, Unavailable
+from shared.identity import Identity
+from shared.limits import (
+    Decision,
+    Lease,
+    Limits,
+    LocalLimiter,
+    RedisLimiter,
+    RedisUnavailable,
+    Subject,
+    TooManySubjects,
+    Verdict,
+    rate_limit_headers,
+)
+from shared.telemetry import GatewayMetrics
+
+CREDENTIAL_CHARS_MAX = 4_096
+STALE_ATTEMPTS_MAX = 3
+IPV6_PREFIX_BITS = 64
+SCHEMES = ("bearer", "apikey")
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An admitted request: its caller, the headers of its response, and its place among the concurrent ones."""
+
+    identity: Identity
+    headers: dict[str, str]
+    lease: Lease | None
+
+
+class Admission:
+    """See the module. `live_gateways` is kept by the heartbeat: how many shared the limits when Redis last answered."""
+
+    def __init__(
+        self,
+        *,
+        keys: KeyStore,
+        tokens: AccessTokens,
+        limiter: RedisLimiter,
+        local: LocalLimiter,
+        clock: Clock,
+        metrics: GatewayMetrics,
+        user_limits: Limits,
+        anonymous_limits: Limits,
+    ) -> None:
+        self._keys = keys
+        self._tokens = tokens
+        self._limiter = limiter
+        self._local = local
+        self._clock = clock
+        self._user_limits = user_limits
+        self._anonymous_limits = anonymous_limits
+        self._decisions = metrics.admissions
+        self._admitted = metrics.admissions.labels("admitted")
+        self._duration_s = metrics.limiter_duration_s
+        self.live_gateways = 1
+
+    async def admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
+        """Let a request in, or raise Unauthenticated, PermissionDenied, RateLimited or Unavailable."""
+        try:
+            admitted = await self._admit(route, method, credential, address)
+        except TollgateError as e:
+            self._decisions.labels(e.code).inc()
+            raise
+        self._admitted.inc()
+        return admitted
+
+    def release(self, lease: Lease) -> None:
+        """Give back the place of a request that has ended."""
+        if lease.name:
+            self._limiter.release(lease)
+        else:
+            self._local.release(lease)
+
+    async def _admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
+        if route.access is Access.PUBLIC:
+            network = _network(address)
+            subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
+            identity = Identity(kind="anonymous", address=address)
+            return self._judged(identity, None, await self._decide(subject, route.weight))
+        if not credential:
+            raise Unauthenticated()
+        if credential.startswith(apikeys.PREFIX):
+            return await self._admit_key(route, method, credential, address)
+        return await self._admit_token(route, method, credential, address)
+
+    async def _admit_token(self, route: Route, method: str, token: str, address: str) -> Admitted:
+        if token.count(".") != 2:
+            raise Unauthenticated()
+        identity = _with_address(await self._tokens.verify(token), address)
+        denied = _denial(route, method, identity)
+        subject = Subject(tag=identity.org_id, limit_id=identity.limit_id, limits=self._user_limits)
+        return self._judged(identity, denied, await self._decide(subject, 0 if denied else route.weight))
+
+    async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
+        found = await self._keys.find(secret, _network(address))
+        record, fresh = found.record, found.fresh
+        for _ in range(STALE_ATTEMPTS_MAX):
+            identity = record.identity(address)
+            denied = _denial(route, method, identity)
+            weight = 0 if denied else route.weight
+            try:
+                decision = await self._decide_in_redis(record.subject, weight)
+            except RedisUnavailable:
+                if not fresh:  # without Redis only PostgreSQL knows whether the key still stands
+                    record, fresh = await self._keys.refresh(record), True
+                    identity = record.identity(address)
+                    denied = _denial(route, method, identity)
+                    weight = 0 if denied else route.weight
+                decision = self._decide_locally(record.subject, weight)
+            if decision.verdict is not Verdict.STALE:
+                return self._judged(identity, denied, decision)
+            record, fresh = await self._keys.refresh(record), True
+        raise Unavailable("Keys cannot be checked right now. Retry.", retry_after_s=1, detail="version never matched")
+
+    async def _decide(self, subject: Subject, weight: int) -> Decision:
+        try:
+            return await self._decide_in_redis(subject, weight)
+        except RedisUnavailable:
+            return self._decide_locally(subject, weight)
+
+    async def _decide_in_redis(self, subject: Subject, weight: int) -> Decision:
+        started = time.perf_counter()
+        decision = await self._limiter.admit(subject, weight=weight)
+        self._duration_s.observe(time.perf_counter() - started)
+        return decision
+
+    def _decide_locally(self, subject: Subject, weight: int) -> Decision:
+        try:
+            return self._local.admit(subject, weight=weight, parts=self.live_gateways)
+        except TooManySubjects as e:
+            raise Unavailable("Limits cannot be checked right now. Retry.", retry_after_s=1) from e
+
+    def _judged(self, identity: Identity, denied: PermissionDenied | None, decision: Decision) -> Admitted:
+        headers = rate_limit_headers(decision)
+        if denied is not None:
+            denied.headers.update(headers)
+            raise denied
+        if not decision.admitted:
+            raise _too_many(decision, headers)
+        return Admitted(identity, headers, decision.lease)
+
+
+def credential_of(authorization: str | None, x_api_key: str | None) -> str | None:
+    """The key or token that a client shows: `Bearer x`, `ApiKey x` or a bare `x`, else X-API-Key; None for none."""
+    shown = authorization or x_api_key
+    if not shown or len(shown) > CREDENTIAL_CHARS_MAX:
+        return None
+    scheme, _, rest = shown.strip().partition(" ")
+    if not rest:
+        return scheme or None
+    return rest.strip() if scheme.lower() in SCHEMES else None
+
+
+def _denial(route: Route, method: str, identity: Identity) -> PermissionDenied | None:
+    """Why the caller may not use the route, or None."""
+    try:
+        if route.access is Access.SESSION:
+            if identity.kind != "user" and not identity.has_scope("admin"):
+                raise PermissionDenied("This needs a signed-in user's access token.", code="access_token_required")
+        elif route.access is Access.ADMIN:
+            identity.require_scope("admin")
+            identity.require_role("operator", "admin")
+        else:
+            identity.require_scope(route.required_scope(method))
+    except PermissionDenied as e:
+        return e
+    return None
+
+
+def _too_many(decision: Decision, headers: dict[str, str]) -> RateLimited:
+    window = decision.violated
+    if window is None:
+        return RateLimited(
+            "Too many requests of this key or user run at once. Wait for one to end.",
+            code="concurrency_limit_exceeded",
+            retry_after_s=decision.retry_after_s,
+            headers=headers,
+        )
+    return RateLimited(
+        f"The limit of {window.quota} requests per {window.name} is reached. Retry in {decision.retry_after_s} s.",
+        retry_after_s=decision.retry_after_s,
+        headers=headers,
+    )
+
+
+def _with_address(identity: Identity, address: str) -> Identity:
+    return Identity(
+        kind=identity.kind,
+        user_id=identity.user_id,
+        org_id=identity.org_id,
+        session_id=identity.session_id,
+        plan=identity.plan,
+        roles=identity.roles,
+        scopes=identity.scopes,
+        limit_id=identity.limit_id,
+        address=address,
+    )
+
+
+def _network(address: str) -> str:
+    """What one client is taken to own: an IPv4 address, or an IPv6 /64."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, IPV6_PREFIX_BITS), strict=False))
+    return address

@@ -1,0 +1,185 @@
+"""Everything the gateway is made of, in the order in which it is made."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import aiohttp
+from prometheus_client import CollectorRegistry
+
+from services.gateway.admission import Admission
+from services.gateway.edge import Edge, parse_networks
+from services.gateway.internal import InternalPages
+from services.gateway.keys import KeyStore
+from services.gateway.openapi import OpenApi
+from services.gateway.pages import Pages
+from services.gateway.relay import Relay, create_session, reach
+from services.gateway.repository import KeyRepository
+from services.gateway.settings import GatewaySettings
+from services.gateway.tasks import Heartbeat, KeyAnnouncements, refresh_key_set, renew_leases
+from services.gateway.tokens import AccessTokens, JsonWebKeySet
+from services.gateway.upstreams import RouteTable, Upstream, create_upstreams
+from services.gateway.usage import UsageEvents
+from services.gateway.watch import Timeouts
+from shared.apikeys import Peppers
+from shared.cache import create_redis
+from shared.clock import SystemClock
+from shared.identity import IdentityRing
+from shared.limits import LocalLimiter, RedisLimiter, RedisLink
+from shared.runtime import HttpServer, Service
+from shared.telemetry import GatewayMetrics, HttpMetrics, new_registry
+from shared.web import Readiness
+
+SERVICE = "gateway"
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Floor:
+    """What the parts share."""
+
+    clock: SystemClock
+    registry: CollectorRegistry
+    metrics: GatewayMetrics
+    link: RedisLink
+    session: aiohttp.ClientSession
+    upstreams: dict[str, Upstream]
+    routes: RouteTable
+
+
+async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Readiness) -> Service:
+    """Construct, connect, hand down. Starts without Redis, PostgreSQL or any service; they are tried again."""
+    floor = await _floor(settings, stack)
+    repository = await stack.enter_async_context(
+        KeyRepository(
+            settings.gateway_database_url.get_secret_value(),
+            connections_max=settings.gateway_database_connections_max,
+            timeout_ms=settings.gateway_database_timeout_ms,
+        )
+    )
+    keys = _keys(settings, floor, repository)
+    key_set = JsonWebKeySet(floor.session, floor.upstreams["auth"], floor.clock)
+    limiter = RedisLimiter(floor.link, lease_ttl_s=settings.gateway_lease_ttl_s)
+    admission = Admission(
+        keys=keys,
+        tokens=AccessTokens(key_set, floor.clock),
+        limiter=limiter,
+        local=LocalLimiter(floor.clock),
+        clock=floor.clock,
+        metrics=floor.metrics,
+        user_limits=settings.user_limits,
+        anonymous_limits=settings.anonymous_limits,
+    )
+    usage = UsageEvents(floor.link, floor.metrics, queue_max=settings.gateway_usage_queue_max)
+    redis = create_redis(settings.redis_url.get_secret_value(), client_name=f"{SERVICE}-keys", timeout_ms=2_000)
+    stack.push_async_callback(redis.aclose)
+    announcements = KeyAnnouncements(redis, keys, floor.clock)
+    keys.announced = announcements.alive
+    heartbeat = Heartbeat(
+        floor.link,
+        admission,
+        floor.metrics,
+        interval_s=settings.gateway_heartbeat_interval_s,
+        ttl_s=settings.gateway_heartbeat_ttl_s,
+    )
+    _add_checks(readiness, floor, repository)
+    pages = _pages(settings, floor, readiness)
+    return Service(
+        http=[
+            HttpServer(_edge(settings, floor, admission, pages, usage), settings.gateway_listen),
+            HttpServer(InternalPages(pages, floor.registry), settings.gateway_internal_listen),
+        ],
+        tasks={
+            "key-announcements": announcements.run,
+            "heartbeat": heartbeat.run,
+            "leases": lambda: renew_leases(limiter, settings.gateway_lease_ttl_s / 3),
+            "jwks": lambda: refresh_key_set(key_set, settings.gateway_jwks_interval_s),
+            "usage": usage.run,
+        },
+    )
+
+
+async def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
+    clock = SystemClock()
+    registry = new_registry()
+    link = await stack.enter_async_context(
+        RedisLink(
+            settings.redis_url.get_secret_value(),
+            client_name=SERVICE,
+            timeout_ms=settings.gateway_redis_timeout_ms,
+            pending_max=settings.gateway_redis_pending_max,
+        )
+    )
+    session = await stack.enter_async_context(create_session(settings.gateway_connect_timeout_ms))
+    urls = {
+        "auth": settings.auth_url,
+        "billing": settings.billing_url,
+        "chat": settings.chat_url,
+        "inference": settings.inference_url,
+    }
+    return _Floor(clock, registry, GatewayMetrics(registry), link, session, create_upstreams(urls, clock), RouteTable())
+
+
+def _keys(settings: GatewaySettings, floor: _Floor, repository: KeyRepository) -> KeyStore:
+    return KeyStore(
+        peppers=Peppers(settings.api_key_peppers.get_secret_value()),
+        repository=repository,
+        link=floor.link,
+        clock=floor.clock,
+        metrics=floor.metrics,
+        process_entries_max=settings.gateway_key_cache_entries_max,
+        process_ttl_s=settings.gateway_key_cache_ttl_s,
+        negative_entries_max=settings.gateway_negative_cache_entries_max,
+        negative_ttl_s=settings.gateway_negative_cache_ttl_s,
+        unknown_per_minute=settings.gateway_unknown_keys_per_minute,
+    )
+
+
+def _pages(settings: GatewaySettings, floor: _Floor, readiness: Readiness) -> Pages:
+    openapi = OpenApi(
+        session=floor.session,
+        upstreams=floor.upstreams,
+        routes=floor.routes,
+        public_url=settings.public_url,
+        version=VERSION,
+        clock=floor.clock,
+    )
+    return Pages(readiness=readiness, openapi=openapi)
+
+
+def _edge(settings: GatewaySettings, floor: _Floor, admission: Admission, pages: Pages, usage: UsageEvents) -> Edge:
+    relay = Relay(
+        session=floor.session,
+        ring=IdentityRing(settings.identity_keys.get_secret_value(), floor.clock),
+        metrics=floor.metrics,
+        timeouts=Timeouts(
+            first_byte_s=settings.gateway_first_byte_timeout_s,
+            idle_s=settings.gateway_idle_timeout_s,
+            total_s=settings.gateway_total_timeout_s,
+        ),
+        body_bytes_max=settings.gateway_body_bytes_max,
+    )
+    return Edge(
+        routes=floor.routes,
+        upstreams=floor.upstreams,
+        admission=admission,
+        relay=relay,
+        pages=pages,
+        usage=usage,
+        metrics=HttpMetrics(floor.registry, SERVICE),
+        trusted_proxies=parse_networks(settings.gateway_trusted_proxies),
+        body_bytes_max=settings.gateway_body_bytes_max,
+        tracing=settings.otlp_endpoint is not None,
+    )
+
+
+def _add_checks(readiness: Readiness, floor: _Floor, repository: KeyRepository) -> None:
+    async def redis() -> None:
+        await floor.link.call("PING")
+
+    readiness.add("redis", redis)
+    readiness.add("postgres", repository.ping)
+    for name, upstream in floor.upstreams.items():
+        readiness.add(name, partial(reach, floor.session, upstream))

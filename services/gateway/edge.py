@@ -1,0 +1,210 @@
+"""The edge: the outermost ASGI application of the public port.
+
+    request ─► shape and size ─► own pages ─► route ─► admission ─► relay ─► response
+                400 413 414 431                404 405  401 403 429   502 503 504
+
+Every response carries `x-request-id` and the security headers; every error speaks the dialect of its path. Whatever
+happens inside, the exchange is timed, counted, logged, noted for usage, and its place among the concurrent ones
+given back.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import structlog
+from opentelemetry.trace import SpanKind
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.admission import Admission, Admitted, credential_of
+from services.gateway.errors import ClientGone, HeadersTooLarge, ResponseBroken, UriTooLong
+from services.gateway.exchange import Exchange
+from services.gateway.pages import Pages
+from services.gateway.relay import Relay, too_large
+from services.gateway.upstreams import RouteTable, Upstream
+from services.gateway.usage import UsageEvents
+from shared.errors import Internal, InvalidRequest, TollgateError, Unauthenticated
+from shared.telemetry import HttpMetrics, get_logger, span
+
+log = get_logger("access")
+
+URI_BYTES_MAX = 8 * 1024
+HEADER_BYTES_MAX = 32 * 1024
+HEADERS_MAX = 100
+CLIENT_GONE_STATUS = 499  # nginx's number for it, in logs and metrics only
+SINGLE_HEADERS = (b"authorization", b"x-api-key", b"content-length", b"host")
+FORBIDDEN_SEGMENTS = ("/../", "/./")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Edge:
+    """See the module."""
+
+    def __init__(
+        self,
+        *,
+        routes: RouteTable,
+        upstreams: Mapping[str, Upstream],
+        admission: Admission,
+        relay: Relay,
+        pages: Pages,
+        usage: UsageEvents,
+        metrics: HttpMetrics,
+        trusted_proxies: tuple[Network, ...],
+        body_bytes_max: int,
+        tracing: bool,
+    ) -> None:
+        self._routes = routes
+        self._upstreams = upstreams
+        self._admission = admission
+        self._relay = relay
+        self._pages = pages
+        self._usage = usage
+        self._metrics = metrics
+        self._trusted_proxies = trusted_proxies
+        self._body_bytes_max = body_bytes_max
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise ValueError(f"the gateway speaks HTTP, not {scope['type']}")
+        exchange = Exchange(scope, receive, send)
+        exchange.address = self._client_address(scope, exchange)
+        started = time.perf_counter()
+        self._metrics.in_flight.inc()
+        try:
+            with (
+                structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
+                self._span(exchange),
+            ):
+                try:
+                    await self._answer(exchange)
+                finally:
+                    self._finish(exchange, time.perf_counter() - started)
+        finally:
+            self._metrics.in_flight.dec()
+
+    async def _answer(self, exchange: Exchange) -> None:
+        try:
+            await self._admit_and_relay(exchange)
+        except TollgateError as e:
+            if e.detail:
+                log.warning("request_failed", code=e.code, status=e.status, detail=e.detail, path=exchange.path)
+            await self._fail(exchange, e)
+        except ClientGone:
+            exchange.status = exchange.status or CLIENT_GONE_STATUS
+        except ResponseBroken as e:
+            # Returning without the end of the body makes the server hang up: the client sees a broken stream.
+            log.warning("response_broken", detail=str(e), path=exchange.path)
+        except Exception:
+            log.exception("request_crashed", path=exchange.path)
+            await self._fail(exchange, Internal())
+
+    async def _admit_and_relay(self, exchange: Exchange) -> None:
+        _check_shape(exchange, self._body_bytes_max)
+        if await self._pages.answer(exchange):
+            return
+        route = self._routes.match(exchange.method, exchange.path)
+        exchange.route, exchange.service = route.prefix, route.service
+        credential = credential_of(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        admitted: Admitted = await self._admission.admit(route, exchange.method, credential, exchange.address)
+        exchange.identity = admitted.identity
+        exchange.extra_headers = admitted.headers
+        try:
+            await self._relay.forward(exchange, self._upstreams[route.service], admitted.identity)
+        except TollgateError as e:
+            e.headers.update(admitted.headers)
+            raise
+        finally:
+            if admitted.lease is not None:
+                self._admission.release(admitted.lease)
+
+    @staticmethod
+    async def _fail(exchange: Exchange, error: TollgateError) -> None:
+        if not exchange.status:
+            await exchange.fail(error)
+
+    def _finish(self, exchange: Exchange, duration_s: float) -> None:
+        self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
+        if exchange.service:
+            self._usage.record(exchange, time.time(), duration_s)
+        if exchange.route not in Pages.UNLOGGED:
+            identity = exchange.identity
+            log.info(
+                "request",
+                endpoint=exchange.route,
+                method=exchange.method,
+                status_code=exchange.status,
+                response_time_ms=round(duration_s * 1000, 2),
+                user_id=identity.user_id if identity else None,
+                org_id=identity.org_id if identity else None,
+                key_id=identity.key_id if identity else None,
+                complete=exchange.complete,
+            )
+
+    def _span(self, exchange: Exchange) -> AbstractContextManager[object]:
+        if not self._tracing:
+            return nullcontext()
+        carrier = {k.decode("latin-1"): v.decode("latin-1") for k, v in exchange.first.items()}
+        return span(f"{exchange.method} {exchange.path}", SpanKind.SERVER, carrier=carrier)
+
+    def _client_address(self, scope: Scope, exchange: Exchange) -> str:
+        """The peer; behind a trusted proxy, the last address in X-Forwarded-For that is not one of those."""
+        peer = scope["client"][0] if scope.get("client") else ""
+        if not self._trusted_proxies or not self._is_trusted(peer):
+            return peer
+        for hop in reversed((exchange.header(b"x-forwarded-for") or "").split(",")):
+            address = hop.strip()
+            if address and not self._is_trusted(address):
+                return address if _is_address(address) else peer
+        return peer
+
+    def _is_trusted(self, address: str) -> bool:
+        return _is_address(address) and any(ipaddress.ip_address(address) in n for n in self._trusted_proxies)
+
+
+def parse_networks(setting: str) -> tuple[Network, ...]:
+    """`"10.0.0.0/8, ::1/128"` → networks. Raises ValueError."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in setting.split(",") if part.strip())
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_shape(exchange: Exchange, body_bytes_max: int) -> None:
+    """Raise for what no service should ever see."""
+    if len(exchange.raw_path) + len(exchange.query) > URI_BYTES_MAX:
+        raise UriTooLong()
+    headers = exchange.raw_headers
+    if len(headers) > HEADERS_MAX or sum([len(k) + len(v) for k, v in headers]) > HEADER_BYTES_MAX:
+        raise HeadersTooLarge()
+    if len(exchange.first) != len(headers):
+        _check_repeated(exchange)
+    path = exchange.path
+    if not path.isprintable() or "\\" in path or any(s in path + "/" for s in FORBIDDEN_SEGMENTS):
+        raise InvalidRequest("The address is not in its normal form.", code="invalid_path")
+    length = exchange.first.get(b"content-length")
+    if length is not None:
+        if not length.isdigit():
+            raise InvalidRequest("Content-Length is not a number.", code="invalid_content_length")
+        if int(length) > body_bytes_max:
+            raise too_large(body_bytes_max)
+
+
+def _check_repeated(exchange: Exchange) -> None:
+    seen: set[bytes] = set()
+    for name, _ in exchange.raw_headers:
+        if name in seen and name in SINGLE_HEADERS:
+            if name in (b"authorization", b"x-api-key"):
+                raise Unauthenticated()
+            raise InvalidRequest(f"The header {name.decode('latin-1')} may be sent only once.", code="repeated_header")
+        seen.add(name)

@@ -1,0 +1,208 @@
+"""API keys: from the secret that a client shows to the record that it stands for.
+
+    shape and checksum ─► process cache ─► Redis ─► PostgreSQL (one read a key at a time) ─► back into both
+
+A record from a cache is only a guess about its organisation and version: the admission script wants the same version
+in Redis, and where it finds another or none, `refresh` asks PostgreSQL. So a revoked key fails on its next request,
+and an emptied Redis lets nothing through. Fills never overwrite a higher version. While Redis is away, or the link
+that announces changes is, the process cache is not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.gateway.caches import BoundedCache
+from services.gateway.domain import KeyRecord, record_from_json, record_to_json
+from services.gateway.repository import DatabaseUnavailable, KeyRepository
+from shared import apikeys
+from shared.clock import Clock
+from shared.errors import RateLimited, Unauthenticated, Unavailable
+from shared.limits import Limits, LocalLimiter, RedisLink, RedisUnavailable, Script, Subject, TooManySubjects
+from shared.telemetry import GatewayMetrics
+
+FILL = Path(__file__).parent / "fill.lua"
+FILL_ATTEMPTS_MAX = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A key's record; `fresh` when PostgreSQL gave it for this very request."""
+
+    record: KeyRecord
+    fresh: bool
+
+
+class KeyStore:
+    """See the module. `unknown_per_minute` bounds how often one address may make PostgreSQL look for nothing."""
+
+    def __init__(
+        self,
+        *,
+        peppers: apikeys.Peppers,
+        repository: KeyRepository,
+        link: RedisLink,
+        clock: Clock,
+        metrics: GatewayMetrics,
+        process_entries_max: int,
+        process_ttl_s: float,
+        negative_entries_max: int,
+        negative_ttl_s: float,
+        unknown_per_minute: int,
+    ) -> None:
+        self._peppers = peppers
+        self._repository = repository
+        self._link = link
+        self._clock = clock
+        self._lookups = metrics.key_lookups
+        self._fill = Script.read(link, FILL)
+        self._records: BoundedCache[str, KeyRecord] = BoundedCache(
+            clock, entries_max=process_entries_max, ttl_s=process_ttl_s
+        )
+        self._unknown: BoundedCache[str, bool] = BoundedCache(
+            clock, entries_max=negative_entries_max, ttl_s=negative_ttl_s
+        )
+        self._misses = LocalLimiter(clock)
+        self._miss_limits = Limits(minute=unknown_per_minute, hour=60 * unknown_per_minute)
+        self._flights: dict[str, asyncio.Task[KeyRecord | None]] = {}
+        self.announced: Callable[[], bool] = lambda: False
+
+    async def find(self, secret: str, address: str) -> Found:
+        """The record of a key that is active and not expired.
+
+        Raises Unauthenticated, the same for every cause; Unavailable; RateLimited for an address that only guesses.
+        """
+        if not apikeys.is_well_formed(secret):
+            self._count("junk")
+            raise Unauthenticated()
+        digests = [d.hex for d in self._peppers.candidates(secret)]
+        if all(self._unknown.get(d) for d in digests):
+            self._count("negative")
+            raise Unauthenticated()
+        if (record := self._from_process(digests)) is not None:
+            self._count("process")
+            return Found(self._usable(record), fresh=False)
+        if (record := await self._from_redis(digests)) is not None:
+            self._count("redis")
+            self._records.put(record.digest, record)
+            return Found(self._usable(record), fresh=False)
+        return Found(await self._from_database(digests, address), fresh=True)
+
+    async def refresh(self, record: KeyRecord) -> KeyRecord:
+        """The record as PostgreSQL has it now. Raises as `find`."""
+        self.purge(record.digest)
+        return await self._from_database([record.digest], "")
+
+    def purge(self, digest: str) -> None:
+        """Forget what this process knows of a key: it changed."""
+        self._records.remove(digest)
+        self._unknown.remove(digest)
+
+    def purge_all(self) -> None:
+        """Forget every record: announcements may have been missed."""
+        self._records.clear()
+
+    def _usable(self, record: KeyRecord) -> KeyRecord:
+        if not record.is_usable(self._clock.now()):
+            raise Unauthenticated()
+        return record
+
+    def _from_process(self, digests: list[str]) -> KeyRecord | None:
+        if not (self._link.up and self.announced()):
+            return None
+        for digest in digests:
+            if (record := self._records.get(digest)) is not None:
+                return record
+        return None
+
+    async def _from_redis(self, digests: list[str]) -> KeyRecord | None:
+        try:
+            replies = await asyncio.gather(*[self._link.call("GET", apikeys.record_name(d)) for d in digests])
+        except RedisUnavailable:
+            return None
+        for reply in replies:
+            if reply is not None and (record := record_from_json(reply)) is not None:
+                return record
+        return None
+
+    async def _from_database(self, digests: list[str], address: str) -> KeyRecord:
+        self._refuse_guessers(address)
+        name = digests[0]
+        flight = self._flights.get(name)
+        if flight is None:
+            flight = asyncio.create_task(self._read_and_fill(digests), name="key-read")
+            self._flights[name] = flight
+            flight.add_done_callback(lambda done: self._land(name, done))
+        try:
+            # A caller that leaves must not take the read away from the others.
+            record = await asyncio.shield(flight)
+        except DatabaseUnavailable as e:
+            raise Unavailable(
+                "Keys cannot be checked right now. Retry.", retry_after_s=1, detail=f"PostgreSQL: {e}"
+            ) from e
+        self._count("postgres")
+        if record is None:
+            self._note_miss(address)
+            for digest in digests:
+                self._unknown.put(digest, True)
+            raise Unauthenticated()
+        return self._usable(record)
+
+    def _land(self, name: str, flight: asyncio.Task[KeyRecord | None]) -> None:
+        self._flights.pop(name, None)
+        if not flight.cancelled():
+            flight.exception()  # seen, also when every caller has left
+
+    async def _read_and_fill(self, digests: list[str]) -> KeyRecord | None:
+        """Read until what was read is not older than what Redis knows of; None for unknown and revoked keys."""
+        for _ in range(FILL_ATTEMPTS_MAX):
+            record = await self._repository.find(digests)
+            if record is None or not record.is_usable(self._clock.now()):
+                return None
+            if await self._fill_redis(record):
+                self._records.put(record.digest, record)
+                return record
+        raise DatabaseUnavailable("PostgreSQL lags behind Redis")
+
+    async def _fill_redis(self, record: KeyRecord) -> bool:
+        """Whether the version is the latest, as far as Redis can say."""
+        name = apikeys.version_name(record.org_id, record.key_id)
+        try:
+            if not await self._fill((name,), (record.version, apikeys.CACHE_TTL_S)):
+                return False
+        except RedisUnavailable:
+            return True
+        self._link.send(
+            "SET", apikeys.record_name(record.digest), record_to_json(record), "EX", str(apikeys.CACHE_TTL_S)
+        )
+        return True
+
+    def _guesser(self, address: str) -> Subject:
+        return Subject(tag=address, limit_id="unknown-keys", limits=self._miss_limits)
+
+    def _refuse_guessers(self, address: str) -> None:
+        if not address:
+            return
+        try:
+            state = self._misses.admit(self._guesser(address), weight=0)
+        except TooManySubjects:
+            return  # the pool of connections still bounds what PostgreSQL has to bear
+        spent = [w for w in state.windows if w.remaining == 0]
+        if spent:
+            raise RateLimited(
+                "Too many unknown keys from this address. Wait as long as Retry-After says.",
+                retry_after_s=max(w.reset_s for w in spent),
+            )
+
+    def _note_miss(self, address: str) -> None:
+        if address:
+            try:
+                self._misses.admit(self._guesser(address))
+            except TooManySubjects:
+                return
+
+    def _count(self, source: str) -> None:
+        self._lookups.labels(source).inc()

@@ -1,0 +1,121 @@
+"""What the gateway answers itself: health, the merged OpenAPI document, and Swagger UI from the installed wheel.
+
+/docs needs nothing from outside: the assets of Swagger UI come with the package `fastapi-offline`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import ClassVar
+
+from services.gateway.exchange import Exchange, RawHeaders
+from services.gateway.openapi import OpenApi
+from shared.errors import MethodNotAllowed, NotFound
+from shared.web import Readiness
+
+CRITICAL_CHECKS = ("redis", "postgres")  # one of the two is enough to admit requests
+ASSETS = {
+    "swagger-ui-bundle.js": b"text/javascript; charset=utf-8",
+    "swagger-ui.css": b"text/css; charset=utf-8",
+    "favicon.png": b"image/png",
+}
+INIT_SCRIPT = b"""window.ui = SwaggerUIBundle({
+  url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, persistAuthorization: false, validatorUrl: null
+});
+"""
+PAGE = b"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Tollgate API</title>
+<link rel="stylesheet" href="/docs/swagger-ui.css"><link rel="icon" href="/docs/favicon.png">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="/docs/swagger-ui-bundle.js"></script><script src="/docs/start.js"></script>
+</body>
+</html>
+"""
+PAGE_POLICY = (
+    b"content-security-policy",
+    b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"connect-src 'self'; frame-ancestors 'none'",
+)
+JSON = (b"content-type", b"application/json")
+NO_STORE = (b"cache-control", b"no-store")
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Pages:
+    """Answers a path that is the gateway's own, GET and HEAD only."""
+
+    UNLOGGED: ClassVar[tuple[str, ...]] = ("/healthz", "/readyz")
+
+    def __init__(self, *, readiness: Readiness, openapi: OpenApi) -> None:
+        self._readiness = readiness
+        self._openapi = openapi
+        self._assets = _load_assets()
+        self._handlers: dict[str, Handler] = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/openapi.json": self._document,
+            "/docs": self._docs,
+        }
+
+    async def answer(self, exchange: Exchange) -> bool:
+        """Whether the path was ours, and is answered. Raises NotFound, MethodNotAllowed."""
+        handler = self._handlers.get(exchange.path)
+        if handler is None:
+            if not exchange.path.startswith("/docs/"):
+                return False
+            handler = self._asset
+        exchange.route = "/docs/" if handler == self._asset else exchange.path
+        if exchange.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(headers={"allow": "GET, HEAD"})
+        await handler(exchange)
+        return True
+
+    async def _healthz(self, exchange: Exchange) -> None:
+        await exchange.respond(200, [JSON, NO_STORE], b'{"status":"ok"}')
+
+    async def _readyz(self, exchange: Exchange) -> None:
+        status, body = await self.readiness_report()
+        await exchange.respond(status, [JSON, NO_STORE], json.dumps(body).encode())
+
+    async def readiness_report(self) -> tuple[int, dict[str, object]]:
+        """200 `ok`; 200 `degraded` while requests can still be admitted; 503 `unavailable`."""
+        all_ok, checks = await self._readiness.report()
+        if all_ok:
+            return 200, {"status": "ok", "checks": checks}
+        serving = not self._readiness.draining and any(checks.get(name) == "ok" for name in CRITICAL_CHECKS)
+        return (200 if serving else 503), {"status": "degraded" if serving else "unavailable", "checks": checks}
+
+    async def _document(self, exchange: Exchange) -> None:
+        await exchange.respond(200, [JSON, NO_STORE], await self._openapi.document())
+
+    async def _docs(self, exchange: Exchange) -> None:
+        headers: RawHeaders = [(b"content-type", b"text/html; charset=utf-8"), NO_STORE, PAGE_POLICY]
+        await exchange.respond(200, headers, PAGE)
+
+    async def _asset(self, exchange: Exchange) -> None:
+        asset = self._assets.get(exchange.path.removeprefix("/docs/"))
+        if asset is None:
+            raise NotFound()
+        kind, data = asset
+        headers = [(b"content-type", kind), (b"cache-control", b"public, max-age=86400"), PAGE_POLICY]
+        await exchange.respond(200, headers, data)
+
+
+def _load_assets() -> dict[str, tuple[bytes, bytes]]:
+    """Swagger UI's files from the wheel, without importing it: its module patches nothing that we need."""
+    package = importlib.util.find_spec("fastapi_offline")
+    assert package is not None
+    assert package.origin is not None
+    static = Path(package.origin).parent / "static"
+    assets = {name: (kind, (static / name).read_bytes()) for name, kind in ASSETS.items()}
+    assets["start.js"] = (ASSETS["swagger-ui-bundle.js"], INIT_SCRIPT)
+    return assets

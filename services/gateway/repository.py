@@ -1,0 +1,65 @@
+"""The gateway's only SQL: one read of auth's view, over a small pool that connects when first used."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+import asyncpg
+
+from services.gateway.domain import KeyRecord, record_from_row
+from shared.database import dsn
+
+BY_DIGEST = """
+SELECT digest, pepper, key_id, limit_id, org_id, user_id, plan, roles, scopes, models, limits, version, status,
+       expires_at
+  FROM auth.key_view
+ WHERE digest = ANY($1::text[])
+"""
+
+
+class DatabaseUnavailable(Exception):
+    """PostgreSQL is down, slow, or refuses."""
+
+
+class KeyRepository:
+    """API keys in PostgreSQL. Every wait has a limit, and at most `connections_max` reads run at once."""
+
+    def __init__(self, url: str, *, connections_max: int = 8, timeout_ms: int = 1_000) -> None:
+        self._url = url
+        self._connections_max = connections_max
+        self._timeout_s = timeout_ms / 1000
+        self._pool: asyncpg.Pool | None = None
+
+    async def __aenter__(self) -> Self:
+        self._pool = await asyncpg.create_pool(
+            dsn(self._url),
+            min_size=0,
+            max_size=self._connections_max,
+            timeout=self._timeout_s,
+            command_timeout=self._timeout_s,
+            max_inactive_connection_lifetime=300,
+            server_settings={"application_name": "tollgate-gateway"},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._pool is not None
+        self._pool.terminate()
+
+    async def find(self, digests: list[str]) -> KeyRecord | None:
+        """The key that is stored under one of the digests, whatever its status. Raises DatabaseUnavailable."""
+        assert self._pool is not None
+        try:
+            async with asyncio.timeout(2 * self._timeout_s), self._pool.acquire(timeout=self._timeout_s) as connection:
+                row = await connection.fetchrow(BY_DIGEST, digests)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+            raise DatabaseUnavailable(type(e).__name__) from e
+        return None if row is None else record_from_row(row)
+
+    async def ping(self) -> None:
+        """Raise DatabaseUnavailable unless keys can be read: for /readyz."""
+        await self.find([])

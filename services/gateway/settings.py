@@ -1,0 +1,71 @@
+"""What the gateway reads from the environment. Only app.py and __main__.py read it."""
+
+from __future__ import annotations
+
+from pydantic import Field, SecretStr
+
+from shared.limits import Limits
+from shared.runtime import ServiceSettings
+
+
+class GatewaySettings(ServiceSettings):
+    """The service's settings; secrets do not print. Sizes in bytes, times as their names say."""
+
+    gateway_listen: str = "127.0.0.1:8080"
+    gateway_internal_listen: str = "127.0.0.1:8081"
+    public_url: str = "http://127.0.0.1:8080"
+    gateway_database_url: SecretStr
+    redis_url: SecretStr
+    api_key_peppers: SecretStr
+    auth_url: str
+    billing_url: str
+    chat_url: str
+    inference_url: str
+
+    gateway_trusted_proxies: str = ""  # networks, separated by commas, whose X-Forwarded-For is believed
+    gateway_body_bytes_max: int = Field(default=1024 * 1024, ge=1)
+
+    gateway_connect_timeout_ms: int = Field(default=1_000, ge=1)
+    gateway_first_byte_timeout_s: float = Field(default=300, gt=0)
+    gateway_idle_timeout_s: float = Field(default=60, gt=0)
+    gateway_total_timeout_s: float = Field(default=3_600, gt=0)
+
+    gateway_redis_timeout_ms: int = Field(default=100, ge=1)
+    gateway_redis_pending_max: int = Field(default=10_000, ge=1)
+    gateway_database_timeout_ms: int = Field(default=1_000, ge=1)
+    gateway_database_connections_max: int = Field(default=8, ge=1)
+
+    gateway_key_cache_entries_max: int = Field(default=50_000, ge=1)
+    gateway_key_cache_ttl_s: float = Field(default=30, gt=0)
+    gateway_negative_cache_entries_max: int = Field(default=10_000, ge=1)
+    gateway_negative_cache_ttl_s: float = Field(default=30, gt=0)
+    gateway_unknown_keys_per_minute: int = Field(default=60, ge=1)
+
+    gateway_user_per_minute: int = Field(default=60, ge=0)
+    gateway_user_per_hour: int = Field(default=1_000, ge=0)
+    gateway_user_per_day: int = Field(default=10_000, ge=0)
+    gateway_user_concurrency: int = Field(default=20, ge=0)
+    gateway_anonymous_per_minute: int = Field(default=60, ge=0)
+    gateway_anonymous_per_hour: int = Field(default=1_000, ge=0)
+    gateway_anonymous_per_day: int = Field(default=10_000, ge=0)
+    gateway_lease_ttl_s: float = Field(default=60, gt=0)
+
+    gateway_heartbeat_interval_s: float = Field(default=2, gt=0)
+    gateway_heartbeat_ttl_s: float = Field(default=10, gt=0)
+    gateway_jwks_interval_s: float = Field(default=300, gt=0)
+    gateway_usage_queue_max: int = Field(default=10_000, ge=1)
+
+    @property
+    def user_limits(self) -> Limits:
+        return Limits(
+            self.gateway_user_per_minute,
+            self.gateway_user_per_hour,
+            self.gateway_user_per_day,
+            self.gateway_user_concurrency,
+        )
+
+    @property
+    def anonymous_limits(self) -> Limits:
+        return Limits(
+            self.gateway_anonymous_per_minute, self.gateway_anonymous_per_hour, self.gateway_anonymous_per_day
+        )

@@ -1,0 +1,185 @@
+"""Access tokens: JWT, ES256 only, verified against auth's JWKS; a verified token is remembered until it expires.
+
+The key set is fetched from auth, refreshed in the background, and once more when a token names an unknown key, at
+most every `refetch_interval_s`. While auth is away the last set goes on serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from jose import JWTError, jwt
+
+from services.gateway.caches import BoundedCache
+from services.gateway.upstreams import Upstream
+from shared.clock import Clock
+from shared.errors import Unauthenticated, Unavailable
+from shared.identity import Identity
+from shared.telemetry import get_logger
+
+log = get_logger(__name__)
+
+ALGORITHM = "ES256"
+ISSUER = "tollgate"
+AUDIENCE = "tollgate"
+JWKS_PATH = "/.well-known/jwks.json"
+JWKS_BYTES_MAX = 64 * 1024
+JWKS_KEYS_MAX = 32
+USER_SCOPES = ("chat", "models", "billing:read", "billing:write", "keys:read", "keys:write", "inference")
+OPERATOR_ROLES = frozenset(("operator", "admin"))
+
+
+class KeySetUnavailable(Exception):
+    """Auth did not give a usable key set."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccessToken:
+    """What a verified token says."""
+
+    identity: Identity
+    expires_at_s: float
+
+
+class JsonWebKeySet:
+    """Auth's public signing keys by `kid`."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        auth: Upstream,
+        clock: Clock,
+        *,
+        timeout_ms: int = 2_000,
+        refetch_interval_s: float = 5,
+    ) -> None:
+        self._session = session
+        self._auth = auth
+        self._clock = clock
+        self._timeout_s = timeout_ms / 1000
+        self._refetch_interval_s = refetch_interval_s
+        self._keys: dict[str, dict[str, Any]] = {}
+        self._fetched_at_s = float("-inf")
+        self._fetching = asyncio.Lock()
+
+    async def key(self, kid: str) -> dict[str, Any] | None:
+        """The key of that name, or None. Raises Unavailable while no set was ever fetched."""
+        if kid in self._keys:
+            return self._keys[kid]
+        async with self._fetching:
+            if kid not in self._keys and self._clock.monotonic_s() >= self._fetched_at_s + self._refetch_interval_s:
+                try:
+                    await self.fetch()
+                except KeySetUnavailable as e:
+                    log.warning("jwks_fetch_failed", detail=str(e))
+        if not self._keys:
+            raise Unavailable("Tokens cannot be checked right now. Retry.", retry_after_s=1)
+        return self._keys.get(kid)
+
+    async def fetch(self) -> None:
+        """Replace the set by auth's present one. Raises KeySetUnavailable and keeps the old one."""
+        self._fetched_at_s = self._clock.monotonic_s()
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._session.get(self._auth.pick().url + JWKS_PATH, allow_redirects=False) as response,
+            ):
+                if response.status != 200:
+                    raise KeySetUnavailable(f"status {response.status}")
+                body = await response.content.read(JWKS_BYTES_MAX)
+                while len(body) < JWKS_BYTES_MAX and (part := await response.content.read(JWKS_BYTES_MAX)):
+                    body += part
+        except (aiohttp.ClientError, OSError, TimeoutError) as e:
+            raise KeySetUnavailable(type(e).__name__) from e
+        self._keys = parse_key_set(body)
+
+
+def parse_key_set(body: bytes) -> dict[str, dict[str, Any]]:
+    """The P-256 keys of a JWKS by `kid`; others are left out. Raises KeySetUnavailable when none remains."""
+    try:
+        keys = json.loads(body)["keys"]
+        found = {
+            key["kid"]: {name: key[name] for name in ("kty", "crv", "x", "y")} | {"alg": ALGORITHM}
+            for key in keys[:JWKS_KEYS_MAX]
+            if key.get("kty") == "EC" and key.get("crv") == "P-256" and key.get("alg", ALGORITHM) == ALGORITHM
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise KeySetUnavailable("not a key set") from e
+    if not found:
+        raise KeySetUnavailable("no ES256 key")
+    return found
+
+
+class AccessTokens:
+    """Verifies tokens, and remembers up to `entries_max` of them by their digest."""
+
+    def __init__(self, key_set: JsonWebKeySet, clock: Clock, *, entries_max: int = 10_000, ttl_s: float = 60) -> None:
+        self._key_set = key_set
+        self._clock = clock
+        self._verified: BoundedCache[bytes, AccessToken] = BoundedCache(clock, entries_max=entries_max, ttl_s=ttl_s)
+
+    async def verify(self, token: str) -> Identity:
+        """Who the token speaks for. Raises Unauthenticated, the same for every cause, or Unavailable."""
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._verified.get(digest)
+        if known is None:
+            known = _access_token(await self._claims(token))
+            self._verified.put(digest, known)
+        if known.expires_at_s <= self._clock.now().timestamp():
+            raise Unauthenticated()
+        return known.identity
+
+    async def _claims(self, token: str) -> dict[str, Any]:
+        try:
+            header = jwt.get_unverified_header(token)
+            kid = header.get("kid")
+            if header.get("alg") != ALGORITHM or not isinstance(kid, str):
+                raise Unauthenticated()
+            key = await self._key_set.key(kid)
+            if key is None:
+                raise Unauthenticated()
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key,
+                algorithms=[ALGORITHM],
+                audience=AUDIENCE,
+                issuer=ISSUER,
+                # Expiry is judged by our clock at every use; its presence is demanded here.
+                options={
+                    "verify_exp": False,
+                    "verify_at_hash": False,
+                    **{f"require_{name}": True for name in ("aud", "iat", "exp", "iss", "sub")},
+                },
+            )
+        except JWTError as e:
+            raise Unauthenticated() from e
+        if claims.get("type") != "access":
+            raise Unauthenticated()
+        return claims
+
+
+def _access_token(claims: dict[str, Any]) -> AccessToken:
+    try:
+        roles = tuple(str(role) for role in claims["roles"])
+        scopes = (*USER_SCOPES, "admin") if OPERATOR_ROLES & set(roles) else USER_SCOPES
+        user_id, org_id = claims["sub"], claims["org"]
+        if not (isinstance(user_id, str) and isinstance(org_id, str) and user_id and org_id):
+            raise Unauthenticated()
+        identity = Identity(
+            kind="user",
+            user_id=user_id,
+            org_id=org_id,
+            session_id=str(claims.get("sid", "")),
+            plan=str(claims.get("plan", "default")),
+            roles=roles,
+            scopes=scopes,
+            limit_id=f"user-{user_id}",
+        )
+        return AccessToken(identity, float(claims["exp"]))
+    except (KeyError, TypeError, ValueError) as e:
+        raise Unauthenticated() from e

@@ -1,0 +1,107 @@
+"""Usage events: who asked for what, how it ended, how long it took; to a bounded Redis stream, out of the hot path.
+
+`record` appends to a bounded queue and never waits; `run` moves batches into the stream `tollgate:usage`, one entry a
+request with one field `event` (JSON, "v": 1). Auth reads it for the last use of keys. What does not fit or does not
+reach Redis is counted and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from datetime import UTC, datetime
+
+from services.gateway.exchange import Exchange
+from shared.identity import Identity
+from shared.limits import RedisLink, RedisUnavailable
+from shared.telemetry import GatewayMetrics
+
+STREAM = "tollgate:usage"
+STREAM_ENTRIES_MAX = 100_000
+EVENT_VERSION = 1
+BATCH_MAX = 500
+
+# ended at (Unix seconds), duration (s), identity, request id, service, route, method, status, bytes in, bytes out
+UsageEvent = tuple[float, float, Identity | None, str, str, str, str, int, int, int]
+
+
+class UsageEvents:
+    """See the module."""
+
+    def __init__(
+        self, link: RedisLink, metrics: GatewayMetrics, *, queue_max: int = 10_000, interval_ms: int = 500
+    ) -> None:
+        self._link = link
+        self._lost = metrics.usage_events_lost
+        self._queue: deque[UsageEvent] = deque()
+        self._queue_max = queue_max
+        self._interval_s = interval_ms / 1000
+
+    def record(self, exchange: Exchange, ended_at_s: float, duration_s: float) -> None:
+        """Note an exchange that has ended; never waits."""
+        if len(self._queue) >= self._queue_max:
+            self._lost.inc()
+            return
+        event = (
+            ended_at_s,
+            duration_s,
+            exchange.identity,
+            exchange.request_id,
+            exchange.service,
+            exchange.route,
+            exchange.method,
+            exchange.status,
+            exchange.bytes_in,
+            exchange.bytes_out,
+        )
+        self._queue.append(event)
+
+    async def run(self) -> None:
+        """Move events to the stream until cancelled, then what is left once more."""
+        try:
+            while True:
+                await asyncio.sleep(self._interval_s)
+                while self._queue:
+                    await self._flush()
+        finally:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_MAX))]
+        commands = [
+            ("XADD", STREAM, "MAXLEN", "~", str(STREAM_ENTRIES_MAX), "*", "event", _json(event)) for event in batch
+        ]
+        replies = await asyncio.gather(*(self._add(command) for command in commands))
+        if lost := replies.count(False):
+            self._lost.inc(lost)
+
+    async def _add(self, command: tuple[str, ...]) -> bool:
+        try:
+            await self._link.call(*command)
+        except RedisUnavailable:
+            return False
+        return True
+
+
+def _json(event: UsageEvent) -> str:
+    ended_at_s, duration_s, identity, request_id, service, route, method, status, bytes_in, bytes_out = event
+    return json.dumps(
+        {
+            "v": EVENT_VERSION,
+            "at": datetime.fromtimestamp(ended_at_s, UTC).isoformat(),
+            "request_id": request_id,
+            "kind": identity.kind if identity else "refused",
+            "org_id": identity.org_id if identity else "",
+            "user_id": identity.user_id if identity else "",
+            "key_id": identity.key_id if identity else "",
+            "service": service,
+            "route": route,
+            "method": method,
+            "status": status,
+            "duration_ms": round(duration_s * 1000, 3),
+            "bytes_in": bytes_in,
+            "bytes_out": bytes_out,
+        },
+        separators=(",", ":"),
+    )

@@ -1,0 +1,42 @@
+"""How a decision looks to clients.
+
+`RateLimit` and `RateLimit-Policy` as in draft-ietf-httpapi-ratelimit-headers-11; `x-ratelimit-*-requests` as OpenAI's
+clients read them, for the window with the fewest requests left, the reset as a Go duration (`31s`, `12ms`).
+All resets say when the window begins to give something back.
+"""
+
+from __future__ import annotations
+
+import math
+
+from shared.limits.policy import Decision, WindowState
+
+
+def rate_limit_headers(decision: Decision) -> dict[str, str]:
+    """The headers of every limited response, admitted or not; `Retry-After` is the error's own business."""
+    if not decision.windows:
+        return {}
+    tightest = min(decision.windows, key=lambda w: (w.remaining, -w.reset_s))
+    return {
+        "ratelimit-policy": ",".join([f'"{w.name}";q={w.quota};w={w.length_s}' for w in decision.windows]),
+        "ratelimit": ",".join([f'"{w.name}";r={w.remaining};t={_reset(w)}' for w in decision.windows]),
+        "x-ratelimit-limit-requests": str(tightest.quota),
+        "x-ratelimit-remaining-requests": str(tightest.remaining),
+        "x-ratelimit-reset-requests": duration(tightest.wait_s or tightest.reset_s),
+    }
+
+
+def _reset(window: WindowState) -> int:
+    return math.ceil(window.wait_s or window.reset_s)
+
+
+def duration(seconds: float) -> str:
+    """A Go duration in whole milliseconds below a second, else in whole seconds; rounded up."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1_000)}ms"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours}h"] if hours else []
+    if hours or minutes:
+        parts.append(f"{minutes}m")
+    return "".join(parts) + f"{rest}s"

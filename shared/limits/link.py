@@ -1,0 +1,240 @@
+"""One corked connection to Redis: the commands of a loop tick leave in one write, the replies come back in order.
+
+    down ──connect, AUTH, SELECT, PING answered──► up ──closed, or a reply late by more than `timeout_ms`──► down
+
+The state is the circuit breaker: while down, `call` raises RedisUnavailable at once, and one background task tries
+again with back-off. A command is written once and never repeated, since a script whose reply was lost may have run.
+A caller that gives up leaves its place in the queue of replies, so that a reply never reaches another caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections import deque
+from types import TracebackType
+from typing import Any, Self
+
+import hiredis
+from redis.asyncio.connection import parse_url
+
+from shared.telemetry import get_logger
+
+log = get_logger(__name__)
+
+RECONNECT_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+LATE_GRACE_S = 0.01
+_NOTHING = object()
+
+Argument = str | bytes | int | float
+
+
+class RedisUnavailable(Exception):
+    """Redis is down, slow, or in no state to serve."""
+
+
+class CommandRefused(RedisUnavailable):
+    """Redis answered with an error; the message is Redis's own."""
+
+    @property
+    def is_noscript(self) -> bool:
+        return str(self).startswith("NOSCRIPT")
+
+
+class RedisLink:
+    """See the module. An async context manager: entering waits for the first attempt, whatever comes of it."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        client_name: str,
+        timeout_ms: int = 100,
+        connect_timeout_ms: int = 500,
+        pending_max: int = 10_000,
+    ) -> None:
+        self._target: dict[str, Any] = dict(parse_url(url))
+        self._client_name = f"tollgate-{client_name}"
+        self._timeout_s = timeout_ms / 1000
+        self._connect_timeout_s = connect_timeout_ms / 1000
+        self._pending_max = pending_max
+        self._connection: _Connection | None = None
+        self._runner: asyncio.Task[None] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether commands are accepted now."""
+        return self._connection is not None and not self._connection.lost.done()
+
+    def call(self, *command: Argument) -> asyncio.Future[Any]:
+        """Send a command. The future ends with the reply (bytes, int, None, list), CommandRefused or RedisUnavailable.
+
+        Raises RedisUnavailable at once while the link is down or has `pending_max` replies outstanding.
+        """
+        connection = self._connection
+        if connection is None or connection.lost.done():
+            raise RedisUnavailable("the link to Redis is down")
+        return connection.call(command)
+
+    def send(self, *command: Argument) -> None:
+        """Send a command and ignore what comes of it."""
+        with contextlib.suppress(RedisUnavailable):
+            self.call(*command).add_done_callback(_retrieve)
+
+    async def __aenter__(self) -> Self:
+        await self._try_connect(quiet=True)
+        self._runner = asyncio.create_task(self._run(), name="redis-link")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._runner is not None
+        self._runner.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._runner
+        if self._connection is not None:
+            self._connection.close("the link was closed")
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            if self._connection is not None:
+                await asyncio.wait([self._connection.lost])
+                log.warning("redis_link_down", reason=self._connection.lost.result())
+                self._connection = None
+            if await self._try_connect(quiet=failures > 0):
+                failures = 0
+                log.info("redis_link_up")
+            else:
+                await asyncio.sleep(RECONNECT_BACKOFF_S[min(failures, len(RECONNECT_BACKOFF_S) - 1)])
+                failures += 1
+
+    async def _try_connect(self, *, quiet: bool) -> bool:
+        connection: _Connection | None = None
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                connection = await self._open()
+                await asyncio.gather(*(connection.call(c) for c in self._greeting()))
+        except (OSError, TimeoutError, RedisUnavailable) as e:
+            if not quiet:
+                log.warning("redis_connect_failed", detail=f"{type(e).__name__}: {e}")
+            if connection is not None:
+                connection.close("the greeting failed")
+            return False
+        self._connection = connection
+        return True
+
+    async def _open(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+
+        def make() -> _Connection:
+            return _Connection(loop, self._timeout_s, self._pending_max)
+
+        if "path" in self._target:
+            _, connection = await loop.create_unix_connection(make, self._target["path"])
+            return connection
+        context = ssl.create_default_context() if "connection_class" in self._target else None
+        host, port = self._target.get("host", "127.0.0.1"), self._target.get("port", 6379)
+        _, connection = await loop.create_connection(make, host, port, ssl=context)
+        return connection
+
+    def _greeting(self) -> list[tuple[Argument, ...]]:
+        password, user, db = (self._target.get(k) for k in ("password", "username", "db"))
+        greeting: list[tuple[Argument, ...]] = []
+        if password:
+            greeting.append(("AUTH", user, password) if user else ("AUTH", password))
+        if db:
+            greeting.append(("SELECT", int(db)))
+        return [*greeting, ("CLIENT", "SETNAME", self._client_name), ("PING",)]
+
+
+class _Connection(asyncio.Protocol):
+    """One socket: `lost` ends with the reason when it is of no more use."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float, pending_max: int) -> None:
+        self.lost: asyncio.Future[str] = loop.create_future()
+        self._loop = loop
+        self._timeout_s = timeout_s
+        self._pending_max = pending_max
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self._transport: asyncio.Transport | None = None
+        self._pending: deque[tuple[asyncio.Future[Any], float]] = deque()
+        self._unsent: list[bytes] = []
+        self._watch: asyncio.TimerHandle | None = None
+
+    def call(self, command: tuple[Argument, ...]) -> asyncio.Future[Any]:
+        if len(self._pending) >= self._pending_max:
+            raise RedisUnavailable("too many commands wait for Redis")
+        future: asyncio.Future[Any] = self._loop.create_future()
+        now = self._loop.time()
+        self._pending.append((future, now))
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+            if self._watch is None:
+                self._watch = self._loop.call_at(now + self._timeout_s, self._check_late, False)
+        self._unsent.append(hiredis.pack_command(command))  # type: ignore[arg-type]
+        return future
+
+    def close(self, reason: str) -> None:
+        """Fail everything that waits, and hang up."""
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        for future, _ in self._pending:
+            if not future.done():
+                future.set_exception(RedisUnavailable(reason))
+                future.add_done_callback(_retrieve)
+        self._pending.clear()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not _NOTHING:
+                future, _ = self._pending.popleft()
+                if future.done():
+                    continue
+                if isinstance(reply, hiredis.ReplyError):
+                    future.set_exception(CommandRefused(str(reply)))
+                    future.add_done_callback(_retrieve)
+                else:
+                    future.set_result(reply)
+        except (hiredis.ProtocolError, IndexError):
+            self.close("Redis broke the protocol")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.close("Redis closed the connection")
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if self._transport is not None and not self.lost.done():
+            self._transport.write(b"".join(unsent))
+
+    def _check_late(self, again: bool) -> None:
+        """Hang up when the oldest reply is late. A loop that was busy itself gets one more look at the socket first."""
+        self._watch = None
+        if not self._pending:
+            return
+        due = self._pending[0][1] + self._timeout_s
+        now = self._loop.time()
+        if now < due:
+            self._watch = self._loop.call_at(due, self._check_late, False)
+        elif not again:
+            self._watch = self._loop.call_later(LATE_GRACE_S, self._check_late, True)
+        else:
+            self.close(f"no reply within {self._timeout_s * 1000:.0f} ms")
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Mark a failure as seen: a caller that went away does not look."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,32 @@
+"""Lua scripts by their digest; the text is sent only to a server that does not know it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from shared.limits.link import Argument, CommandRefused, RedisLink
+
+
+class Script:
+    """One script. A call is repeated only on NOSCRIPT, the one answer that says that nothing ran."""
+
+    def __init__(self, link: RedisLink, text: str) -> None:
+        self._link = link
+        self._text = text
+        self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    @classmethod
+    def read(cls, link: RedisLink, path: Path) -> Script:
+        return cls(link, path.read_text())
+
+    async def __call__(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> Any:
+        """The script's answer. Raises RedisUnavailable."""
+        try:
+            return await self._link.call("EVALSHA", self._sha, len(names), *names, *arguments)
+        except CommandRefused as e:
+            if not e.is_noscript:
+                raise
+        await self._link.call("SCRIPT", "LOAD", self._text)
+        return await self._link.call("EVALSHA", self._sha, len(names), *names, *arguments)

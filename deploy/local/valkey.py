@@ -58,6 +58,8 @@ class Valkey:
             f"requirepass {self.secrets['valkey']}",
             f'dir "{home}"',
             "daemonize no",
+            # A title of its own would be written over the environment that orphans are recognised by.
+            "set-proc-title no",
             "appendonly yes",
             "appendfsync everysec",
             'save ""',

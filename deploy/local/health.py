@@ -21,7 +21,9 @@ def wait_healthy(supervisor: Supervisor, layout: Layout, program: Program) -> No
         state = supervisor.states().get(program.name)
         failed_starts = supervisor.starts().get(program.name, 0) - starts_before
         if state is None or state.state in {"FATAL", "STOPPED"} or failed_starts >= MAX_FAILED_STARTS:
-            problem = f"it keeps ending ({state.detail if state else 'the supervisor is gone'})"
+            problem = (
+                f"it keeps ending ({(state.detail or state.state.lower()) if state else 'the supervisor is gone'})"
+            )
         elif time.monotonic() < deadline:
             time.sleep(POLL_S)
             continue

@@ -27,14 +27,17 @@ Tollgate is up: {url}
   docs         {url}/docs
   flag console {console}   user {user}, password in {dev_env}
 
-Try it:
-  curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
-    -d '{{"model": "chat-mini", "stream": true, "messages": [{{"role": "user", "content": "What is Tollgate?"}}]}}'
+Try it with curl:
 
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="{key}")
-  question = [{{"role": "user", "content": "What is Tollgate?"}}]
-  print(client.chat.completions.create(model="chat-mini", messages=question).choices[0].message.content)
+curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+  -d '{{"model": "chat-mini", "stream": true, "messages": [{{"role": "user", "content": "What is Tollgate?"}}]}}'
+
+or with OpenAI's Python SDK (pip install openai):
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+messages = [{{"role": "user", "content": "What is Tollgate?"}}]
+print(client.chat.completions.create(model="chat-mini", messages=messages).choices[0].message.content)
 
 `make status` shows the programs, `make logs` their logs, `make down` stops them. Scripts read {dev_env}.
 """

@@ -41,10 +41,13 @@ class BuildDecision:
 
 @dataclass(frozen=True, slots=True)
 class FlagState:
-    """For /readyz and metrics. `status`: not_ready, ready, stale or error; `age_s`: since Unleash last answered."""
+    """For /readyz and metrics. `status`: not_ready, ready, stale or error.
+
+    `age_s`: since Unleash last answered; infinite if it never did, so that no threshold takes that for fresh.
+    """
 
     status: str
-    age_s: float | None
+    age_s: float
     revision: str
 
 

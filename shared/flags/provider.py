@@ -81,7 +81,7 @@ class UnleashProvider(AbstractProvider):
         self._watch_interval_s = settings.watch_interval_ms / 1000
         self._flag_set_bytes_max = settings.flag_set_bytes_max
         self._announced = ProviderStatus.NOT_READY
-        self._last_success: float | None = None
+        self._last_success = -math.inf
         self._last_failure = "no answer"
         self._closed = threading.Event()
         self._close_lock = threading.Lock()
@@ -124,14 +124,13 @@ class UnleashProvider(AbstractProvider):
         return ProviderStatus.STALE if self.stale else ProviderStatus.READY
 
     @property
-    def age_s(self) -> float | None:
-        """Seconds since Unleash last answered; None if it never did."""
-        return None if self._last_success is None else time.monotonic() - self._last_success
+    def age_s(self) -> float:
+        """Seconds since Unleash last answered; infinite if it never did."""
+        return time.monotonic() - self._last_success
 
     @property
     def stale(self) -> bool:
-        age_s = self.age_s
-        return age_s is None or age_s > self._stale_after_s
+        return self.age_s > self._stale_after_s
 
     @property
     def revision(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -189,7 +190,7 @@ async def test_unleash_away_at_start_is_bridged_by_the_backup(
         decision = decide(flags, alias)
         assert (decision.build, decision.stale, decision.allowed) == (alias.stable, True, True)
         await until(lambda: events[before:] == [ProviderEvent.PROVIDER_READY, ProviderEvent.PROVIDER_STALE])
-        assert (flags.state().status, flags.state().age_s) == ("stale", None)
+        assert (flags.state().status, flags.state().age_s) == ("stale", math.inf)
         await line.mend()
         await until(lambda: flags.state().status == "ready")
         await until(lambda: events[-1] == ProviderEvent.PROVIDER_READY)

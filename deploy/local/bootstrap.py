@@ -21,6 +21,7 @@ from pathlib import Path
 from deploy.local import preflight, triton
 from deploy.local.errors import LaunchError
 from deploy.local.progress import Progress, terminal
+from deploy.local.services import PASSED_ON
 from deploy.local.stack import STEPS as STACK_STEPS
 from deploy.local.stack import gateway_port
 from deploy.local.state import Layout, kept_gateway_port, layout_from, write_private
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INSTALL_TIMEOUT_S = 1200
 STEPS = 4
 NEEDS_ENVIRONMENTS = ("up", "environments")
+# The file also holds what docker compose needs, secrets among it; that is none of pip's and npm's business.
+FROM_ENV_FILE = ("TOLLGATE_PORT", "TOLLGATE_STATE", *PASSED_ON)
 
 
 class Environments:
@@ -217,7 +220,8 @@ def _read(stamp: Path) -> dict[str, str]:
 def main(arguments: list[str]) -> None:
     """Make the environments when the command needs them, then become `deploy.local.cli` in `.venv`."""
     for name, value in read_env_file(ROOT / ".env").items():
-        os.environ.setdefault(name, value)
+        if name in FROM_ENV_FILE:
+            os.environ.setdefault(name, value)
     layout = layout_from(ROOT, os.environ)
     python = ROOT / ".venv" / "bin" / "python"
     command = arguments[0] if arguments else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from enum import StrEnum
 from typing import Annotated
@@ -32,6 +33,13 @@ class Role(StrEnum):
     user = "user"
     operator = "operator"
     admin = "admin"
+
+
+DEFAULT_SCOPES: Mapping[Role, Sequence[str]] = {
+    Role.user: DEFAULT_KEY_SCOPES,
+    Role.operator: ("admin", "*"),
+    Role.admin: ("admin", "*"),
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +74,7 @@ def bootstrap(
     email: Annotated[str, typer.Option()],
     key_name: Annotated[str, typer.Option()],
     role: Annotated[Role, typer.Option()] = Role.user,
-    scopes: Annotated[str, typer.Option(help="Comma separated.")] = ",".join(DEFAULT_KEY_SCOPES),
+    scopes: Annotated[str, typer.Option(help="Comma separated; by default what the role usually needs.")] = "",
 ) -> None:
     """Make a user and an API key, and print them as one JSON line: the only time that the key is shown.
 
@@ -75,7 +83,7 @@ def bootstrap(
     """
     settings = runtime.load(BootstrapSettings)
     configure_logging("auth", settings.log_level, sys.stderr)
-    wanted = [scope for scope in scopes.split(",") if scope]
+    wanted = [scope for scope in scopes.split(",") if scope] or DEFAULT_SCOPES[role]
     try:
         username, email, key_name = valid_username(username), valid_email(email), valid_key_name(key_name)
         made = asyncio.run(_bootstrap(settings, username, email, role, key_name, wanted))
@@ -95,7 +103,7 @@ def bootstrap(
 
 
 async def _bootstrap(
-    settings: BootstrapSettings, username: str, email: str, role: Role, key_name: str, scopes: list[str]
+    settings: BootstrapSettings, username: str, email: str, role: Role, key_name: str, scopes: Sequence[str]
 ) -> Bootstrapped:
     async with AsyncExitStack() as stack:
         services = await compose(settings, stack, Readiness(), clock=SystemClock(), registry=CollectorRegistry())

@@ -1,0 +1,144 @@
+"""What the gateway reads of a key, and what nobody may do to the database."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from shared.apikeys import Peppers
+from tests.auth.harness import PEPPERS, Auth, User
+
+
+async def row(auth: Auth, key: dict[str, Any]) -> dict[str, Any]:
+    found = await auth.key_row(key["key"])
+    assert found is not None
+    return dict(found)
+
+
+async def set_status(auth: Auth, by: User, user: User, status: str) -> None:
+    path = f"/api/v1/admin/auth/users/{user.id}/status"
+    answer = await auth.call("POST", path, token=by.access_token, json={"status": status})
+    assert answer.status_code == 200
+
+
+async def test_the_view_has_the_contracts_columns_with_effective_limits(auth: Auth) -> None:
+    user = await auth.user("operator")
+    expires_at = auth.clock.now() + timedelta(days=1)
+    key = await auth.key(
+        user, scopes=["chat"], models=["chat-mini"], limits={"minute": 5}, expires_at=expires_at.isoformat()
+    )
+    found = await row(auth, key)
+    found["limits"] = json.loads(found["limits"])
+    digest = Peppers(PEPPERS).digest(key["key"])
+    assert {k: str(v) if k.endswith("_id") else v for k, v in found.items()} == {
+        "digest": digest.hex,
+        "pepper": digest.pepper,
+        "key_id": key["id"],
+        "limit_id": key["id"],
+        "org_id": user.org_id,
+        "user_id": user.id,
+        "plan": "default",
+        "roles": ["operator", "user"],
+        "scopes": ["chat"],
+        "models": ["chat-mini"],
+        "limits": {"minute": 5, "hour": 1000, "day": 10000, "concurrency": 16, "tokens_per_minute": 100000},
+        "version": 1,
+        "status": "active",
+        "expires_at": expires_at,
+    }
+
+
+async def test_all_models_is_null_and_no_model_is_an_empty_list(auth: Auth) -> None:
+    user = await auth.user()
+    assert (await row(auth, await auth.key(user)))["models"] is None
+    assert (await row(auth, await auth.key(user, models=[])))["models"] == []
+
+
+async def test_every_change_that_matters_grows_the_version(auth: Auth) -> None:
+    user, operator = await auth.user(), await auth.user("operator")
+    key = await auth.key(user)
+    path = f"/api/v1/keys/{key['id']}"
+    versions = [(await row(auth, key))["version"]]
+    await auth.call("PATCH", path, token=user.access_token, json={"limits": {"minute": 5}})
+    versions.append((await row(auth, key))["version"])
+    await auth.call(
+        "POST",
+        f"/api/v1/admin/auth/keys/{key['id']}/limits",
+        token=operator.access_token,
+        json={"limits": {"minute": 500}},
+    )
+    versions.append((await row(auth, key))["version"])
+    await set_status(auth, operator, user, "disabled")
+    assert (await row(auth, key))["status"] == "revoked"
+    versions.append((await row(auth, key))["version"])
+    await set_status(auth, operator, user, "active")
+    assert (await row(auth, key))["status"] == "active"
+    versions.append((await row(auth, key))["version"])
+    token = (await auth.login(user.username)).json()["access_token"]
+    await auth.call("DELETE", path, token=token)
+    assert (await row(auth, key))["status"] == "revoked"
+    versions.append((await row(auth, key))["version"])
+    assert versions == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_key_of_a_suspended_organisation_or_of_somebody_who_left_it_is_revoked(auth: Auth) -> None:
+    suspended, left = await auth.user(), await auth.user()
+    keys = [await auth.key(user) for user in (suspended, left)]
+    async with auth.connect() as connection:
+        await connection.execute("UPDATE auth.organization SET status = 'suspended' WHERE id = $1", suspended.org_id)
+        await connection.execute("DELETE FROM auth.membership WHERE user_id = $1", left.id)
+    assert [(await row(auth, key))["status"] for key in keys] == ["revoked", "revoked"]
+    for user in (suspended, left):
+        assert (await auth.call("GET", "/api/v1/auth/me", token=user.access_token)).status_code == 401
+
+
+async def test_the_gateways_role_reads_the_view_and_nothing_else(auth: Auth) -> None:
+    async with auth.connect("tollgate_gateway") as connection:
+        await connection.fetch("SELECT * FROM auth.key_view")
+        relations = await connection.fetch(
+            """SELECT relname, relkind FROM pg_class
+               WHERE relnamespace = 'auth'::regnamespace AND relkind IN ('r', 'v', 'S') AND relname <> 'key_view'"""
+        )
+        assert len(relations) >= 15
+        for relation in relations:
+            name = relation["relname"]
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.fetch(f"SELECT * FROM auth.{name}")
+        for statement in (
+            "INSERT INTO auth.key_view (status) VALUES ('active')",
+            "UPDATE auth.key_view SET status = 'active'",
+            "DELETE FROM auth.key_view",
+            "CREATE TABLE auth.mine (x int)",
+            "CREATE TABLE public.mine (x int)",
+        ):
+            with pytest.raises((asyncpg.InsufficientPrivilegeError, asyncpg.ObjectNotInPrerequisiteStateError)):
+                await connection.execute(statement)
+
+
+@pytest.mark.parametrize("statement", ["UPDATE auth.audit_log SET action = 'x'", "DELETE FROM auth.audit_log"])
+async def test_the_audit_log_cannot_be_changed_by_the_service_nor_by_the_owner(auth: Auth, statement: str) -> None:
+    await auth.user()
+    async with auth.connect("tollgate_auth") as connection:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(statement)
+    async with auth.connect() as connection:
+        with pytest.raises(asyncpg.RestrictViolationError, match="append-only"):
+            await connection.execute(statement)
+        with pytest.raises(asyncpg.RestrictViolationError, match="append-only"):
+            await connection.execute("TRUNCATE auth.audit_log")
+
+
+async def test_the_services_role_cannot_change_tables_plans_or_roles_nor_delete_people(auth: Auth) -> None:
+    async with auth.connect("tollgate_auth") as connection:
+        for statement in (
+            "DELETE FROM auth.user_account",
+            "DELETE FROM auth.api_key",
+            "UPDATE auth.plan SET limits = '{}'",
+            "INSERT INTO auth.role_permission VALUES ('user', '*')",
+            "ALTER TABLE auth.audit_log DISABLE TRIGGER ALL",
+            "CREATE TABLE auth.mine (x int)",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(statement)

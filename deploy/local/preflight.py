@@ -158,6 +158,11 @@ def explain_failure(what: str, output: str) -> str:
             "No package index could be reached. The first start downloads packages: check the network, or point pip "
             "and npm to a mirror (pip config set global.index-url …, npm config set registry …)."
         )
+    elif "SELF_SIGNED_CERT" in output or "CERTIFICATE_VERIFY_FAILED" in output:
+        sentence = (
+            "The package index shows a certificate that is not trusted here, as behind a company's proxy. Name its "
+            "authority: PIP_CERT and NODE_EXTRA_CA_CERTS take the path of a PEM file."
+        )
     elif "do not match the hashes" in output or "EINTEGRITY" in output:
         sentence = "A downloaded package is not the one that the lock file names; the index or a proxy changed it."
     else:

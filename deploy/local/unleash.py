@@ -32,10 +32,10 @@ def node_directory(site_packages: Path | None = None) -> Path:
 
 
 def npm(node: Path, *arguments: str) -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """The command that runs npm on the Node of `node_directory`, and the PATH that it needs."""
+    """The command that runs npm on the Node of `node_directory`, and the environment that it needs."""
     program = node / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     path = f"{node / 'bin'}:{os.environ.get('PATH', os.defpath)}"
-    return (str(node / "bin" / "node"), str(program), *arguments), {"PATH": path}
+    return (str(node / "bin" / "node"), str(program), *arguments), {"PATH": path, "NODE_USE_SYSTEM_CA": "1"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,7 @@ def test_shared_library_is_found(tmp_path: Path) -> None:
     [
         ("NewConnectionError: Temporary failure in name resolution", "No package index could be reached"),
         ("npm error code ENOTFOUND", "No package index could be reached"),
+        ("npm error code SELF_SIGNED_CERT_IN_CHAIN", "certificate that is not trusted"),
         ("OSError: [Errno 28] No space left on device", "The disk is full"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES … do not match the hashes", "not the one that the lock file"),
         ("something else", "own words are above"),

@@ -1,0 +1,116 @@
+"""What the journeys share: fresh users, the official SDK, the operator's console. All over the session's one stack.
+
+A test that stops, kills or switches something puts it back before it ends, since the next one uses the same stack.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+
+import httpx
+import openai
+import pytest
+
+from tests.deploy.unleash.console import Console
+from tests.journeys.people import TIMEOUT_S, NewUser, Prices, User, nano, register
+from tests.running_stack import RunningStack
+
+PATIENCE_S = 60.0
+POLL_S = 0.05
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "journeys" in item.path.parts:
+            item.add_marker("journey")
+
+
+@pytest.fixture
+def fresh_user(stack: RunningStack) -> Iterator[NewUser]:
+    """A factory: every call registers somebody new, with limits and a wallet that nobody shares."""
+    with ExitStack() as users:
+
+        def make() -> User:
+            user = register(stack.url)
+            users.callback(user.clients.close)
+            return user
+
+        yield make
+
+
+@pytest.fixture
+def user(fresh_user: NewUser) -> User:
+    return fresh_user()
+
+
+@pytest.fixture
+def unhurried_user(stack: RunningStack, user: User) -> User:
+    """A fresh user whose key an operator has given far higher limits."""
+    unlimit(stack, user)
+    return user
+
+
+@pytest.fixture
+def openai_client(user: User) -> openai.OpenAI:
+    """The official SDK with a fresh user's key."""
+    return user.openai()
+
+
+@pytest.fixture
+async def async_openai_client(user: User) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(
+        base_url=f"{user.url}/v1", api_key=user.key, max_retries=0, timeout=TIMEOUT_S
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def prices(stack: RunningStack) -> Prices:
+    """The list price of chat-mini, as billing publishes it to the demo user's key."""
+    answer = httpx.get(
+        f"{stack.url}/api/v1/billing/prices", headers={"Authorization": f"Bearer {stack.api_key}"}, timeout=TIMEOUT_S
+    )
+    [price] = [p for p in answer.json()["data"] if p["model"] == "chat-mini"]
+    return Prices(*(nano(price[name]) for name in ("per_request", "input", "cached_input", "output")))
+
+
+@pytest.fixture
+def console(stack: RunningStack) -> Iterator[Console]:
+    """Unleash's console, as an operator uses it."""
+    console = Console(stack.env["UNLEASH_URL"], stack.env["UNLEASH_ADMIN_TOKEN"])
+    yield console
+    console.close()
+
+
+@pytest.fixture
+def engine(stack: RunningStack) -> Callable[[str], float]:
+    """Reads one of Triton's metrics, summed over the builds: `engine("slots_busy")`."""
+
+    def read(name: str) -> float:
+        text = httpx.get(stack.env["TRITON_METRICS_URL"], timeout=TIMEOUT_S).text
+        lines = (line for line in text.splitlines() if line.startswith(f"tollgate_engine_{name}{{"))
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    return read
+
+
+def until(condition: Callable[[], bool], *, within_s: float = PATIENCE_S, what: str = "") -> float:
+    """Wait for a condition; how long it took, in seconds. Fails when it does not come."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > within_s:
+            pytest.fail(f"not within {within_s} s: {what or condition.__name__}")
+        time.sleep(POLL_S)
+    return time.monotonic() - began
+
+
+def unlimit(stack: RunningStack, user: User) -> None:
+    """What an operator does for a customer who needs more than the plan gives."""
+    limits = {"minute": 10_000, "hour": 10_000, "day": 10_000, "concurrency": 100}
+    answer = httpx.post(
+        f"{stack.url}/api/v1/admin/auth/keys/{user.key_id}/limits",
+        json={"limits": limits},
+        headers={"Authorization": f"Bearer {stack.admin_token}"},
+        timeout=TIMEOUT_S,
+    )
+    assert answer.status_code == 200, answer.text

@@ -1,0 +1,76 @@
+"""A client that is killed in mid-stream stops the engine and pays for what was produced."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from tests.journeys.conftest import until
+from tests.journeys.people import Prices, User
+
+ATTEMPTS_MAX = 10  # a short answer may be complete before the kill lands
+STOPPED_WITHIN_S = 3.0  # Triton publishes its metrics every few hundred milliseconds
+
+# Kills itself, without any farewell, when the first token arrives.
+VICTIM = """
+import os, signal, sys, httpx
+body = {"model": "chat-mini", "stream": sys.argv[2] == "stream", "max_tokens": 900, "temperature": 2.0,
+        "presence_penalty": 2.0, "messages": [{"role": "user", "content": "Tell me everything about Tollgate."}]}
+with httpx.stream("POST", sys.argv[1] + "/v1/chat/completions", json=body,
+                  headers={"Authorization": "Bearer " + os.environ["KEY"]}) as answer:
+    for line in answer.iter_lines():
+        if '"content":"' in line and '"role"' not in line:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def cancelled(user: User) -> list[dict[str, Any]]:
+    """The settlements of requests whose client left."""
+    return [u for u in user.usage() if u["finish_reason"] == "cancelled"]
+
+
+def test_killing_the_client_in_mid_stream_stops_the_engine_and_settles(
+    unhurried_user: User, engine: Callable[[str], float], prices: Prices
+) -> None:
+    user, before = unhurried_user, engine("cancelled_total")
+    for _ in range(ATTEMPTS_MAX):
+        victim = subprocess.run(
+            [sys.executable, "-c", VICTIM, user.url, "stream"], env={**os.environ, "KEY": user.key}, check=False
+        )
+        assert victim.returncode == -9, "the stream ended before its client was killed"
+        until(lambda: user.wallet().held == 0, what="the hold is resolved")
+        if cancelled(user):
+            break
+    else:
+        pytest.fail("every answer was complete before its client was killed")
+    until(lambda: engine("cancelled_total") > before, within_s=STOPPED_WITHIN_S, what="the engine was told")
+    until(lambda: engine("slots_busy") == 0, within_s=STOPPED_WITHIN_S, what="the slot is free")
+    [settled] = cancelled(user)
+    assert 0 < settled["output_tokens"] < 900
+    cost = prices.of(*(settled[name] for name in ("input_tokens", "cached_input_tokens", "output_tokens")))
+    assert Decimal(settled["cost"]) == cost
+
+
+def test_a_client_without_a_stream_that_hangs_up_stops_the_engine_too(
+    unhurried_user: User, engine: Callable[[str], float]
+) -> None:
+    before = engine("cancelled_total")
+    for attempt in range(ATTEMPTS_MAX):
+        victim = subprocess.Popen(
+            [sys.executable, "-c", VICTIM, unhurried_user.url, "whole"], env={**os.environ, "KEY": unhurried_user.key}
+        )
+        until(lambda: engine("slots_busy") > 0 or victim.poll() is not None, within_s=10)  # noqa: B023
+        victim.kill()
+        victim.wait()
+        until(lambda: unhurried_user.wallet().held == 0, what="the hold is resolved")
+        time.sleep(0.6 if attempt == 0 else 0)
+        if engine("cancelled_total") > before:
+            break
+    else:
+        pytest.fail("every answer was complete before its client was killed")
+    until(lambda: engine("slots_busy") == 0, within_s=STOPPED_WITHIN_S, what="the slot is free")

@@ -15,8 +15,9 @@ The contract
   `timeout` (microseconds) is its deadline, queueing and generating together.
 - Output RESPONSE BYTES[1] each: one `chat.completion.chunk`. Its last member is always the cumulative
   `"usage":{"prompt_tokens","completion_tokens","total_tokens","prompt_tokens_details":{"cached_tokens"}}`;
-  `model` echoes the body's, `system_fingerprint` is the build. The chunk that carries `finish_reason` has
-  the final usage; there is no separate usage chunk with empty choices, whatever `stream_options` says.
+  `model` echoes the body's, `system_fingerprint` is the build. The first chunk carries the role, the one with
+  `finish_reason` the final usage; there is no usage chunk with empty choices, whatever `stream_options` says.
+  Tokens that pile up while the server is busy arrive as one chunk: count tokens by `usage`, never by chunks.
 - `op: count`: one response `{"prompt_tokens": n, "context_tokens": m}`, m per request.
 - Errors: a TritonError whose message is `{"code", "message"}`; codes in `errors.py`.
 - The stream ends with an empty final response (`triton_final_response`).

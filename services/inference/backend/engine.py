@@ -12,8 +12,38 @@ class Usage(NamedTuple):
     completion_tokens: int = 0
 
 
-OnChunk = Callable[[bytes, Usage], None]
-"""Takes one chat.completion.chunk (JSON, `usage` inside) and the same usage as numbers; called in order."""
+class Chunk(NamedTuple):
+    """One chat.completion.chunk in pieces: JSON without `usage` and the closing brace, and the usage so far.
+
+    In a joinable chunk `text` is the inside of the JSON string `choices[0].delta.content` and nothing else
+    was generated in it; otherwise everything is in `before`.
+    """
+
+    before: str
+    text: str
+    after: str
+    usage: Usage
+    joinable: bool
+
+    def join(self, later: "Chunk") -> "Chunk | None":
+        """Both as one chunk, when that changes no more than the number of chunks."""
+        if not (self.joinable and later.joinable):
+            return None
+        return Chunk(self.before, self.text + later.text, later.after, later.usage, True)
+
+    def render(self) -> bytes:
+        """The JSON, `usage` last."""
+        usage = self.usage
+        return (
+            f'{self.before}{self.text}{self.after},"usage":{{"prompt_tokens":{usage.prompt_tokens},'
+            f'"completion_tokens":{usage.completion_tokens},'
+            f'"total_tokens":{usage.prompt_tokens + usage.completion_tokens},'
+            f'"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}}}}}'
+        ).encode()
+
+
+OnChunk = Callable[[Chunk], None]
+"""Takes the chunks of one request, in order."""
 
 Cancelled = Callable[[], bool]
 """True once nobody wants the rest. Engines ask at least once a chunk and once a prefill batch."""
@@ -30,8 +60,8 @@ class Engine(Protocol):
     def slots(self) -> int:
         """Requests that are generated at the same time."""
 
-    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> None:
-        """Generate until the model stops, a limit of the request is reached, or `cancelled()`.
+    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> bool:
+        """Generate until the model stops or a limit of the request is reached: True; or until `cancelled()`: False.
 
         Raises BackendError (invalid_request, context_length_exceeded, engine_error).
         """

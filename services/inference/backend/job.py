@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from services.inference.backend.engine import Usage
+from services.inference.backend.engine import Chunk, Usage
 from services.inference.backend.errors import BackendError, cancelled, deadline_exceeded
+
+StopReason = Literal["cancelled", "deadline_exceeded"]
 
 
 @dataclass(slots=True, eq=False)
@@ -23,8 +25,11 @@ class Job:
     deadline: float | None
     request: dict[str, Any] = field(default_factory=dict)
     started_at: float | None = None
-    stop: Literal["cancelled", "deadline_exceeded"] | None = None
+    stop: StopReason | None = None
     """Why nobody wants the rest. The thread that has the job sees it and ends the job."""
+    checked_at: float = 0.0
+    """When Triton was last asked whether the caller is still there."""
+    pending: list[Chunk] = field(default_factory=list)
     first_token_at: float | None = None
     usage: Usage = field(default_factory=Usage)
     ended: bool = False

@@ -8,7 +8,8 @@ What it has to know about this engine
 - A callback that returns True stops generation; during prefill the engine calls back only with
   `return_progress`, once a batch of `n_batch` tokens.
 - `timings` with `timings_per_token`: `prompt_n` counts only what was computed now, `cache_n` what came
-  from the prompt cache; their sum is the prompt. The first chunk (the role) has none.
+  from the prompt cache; their sum is the prompt. The first chunk (the role) has none; it comes together with the
+  first token's.
 - Exceptions in a callback are swallowed, so they are kept and raised here.
 - Errors of the request arrive as exceptions before generation, or as one `{"error"}` chunk.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import xllamacpp
 
 from services.inference.backend.config import BackendConfig
-from services.inference.backend.engine import Cancelled, OnChunk, Usage
+from services.inference.backend.engine import Cancelled, Chunk, OnChunk, Usage
 from services.inference.backend.errors import BackendError, context_length_exceeded, engine_failed
 
 COUNT_TIMEOUT_S = 10.0
@@ -35,7 +36,6 @@ MESSAGE_CHARACTERS_MAX = 200
 # What of an OpenAI body reaches the engine. Its private fields (slots, grammars, adapters) stay out.
 FORWARDED = (
     "messages",
-    "model",
     "temperature",
     "top_p",
     "top_k",
@@ -57,7 +57,10 @@ FORWARDED = (
 # Unescaped quotes cannot occur inside a JSON string, so these match members and never model output.
 _TIMINGS = ',"timings":{'
 _PROGRESS = '"prompt_progress":{'
-_FINGERPRINT = re.compile(r'"system_fingerprint":"[^"]*"')
+_ROLE = '{"choices":[{"finish_reason":null,"index":0,"delta":{"role":"assistant","content":null}}],'
+_TEXT = ('{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"', '"}}]')
+_TAIL = ',"created":'
+_NAMES = re.compile(r'"model":"[^"]*","system_fingerprint":"[^"]*"')
 _TOKENS = re.compile(r'"cache_n":(\d+),"prompt_n":(\d+),.*"predicted_n":(\d+),')
 _PROMPT = re.compile(r'"prompt_progress":\{"total":(\d+),"cache":(\d+),')
 
@@ -70,7 +73,7 @@ class LlamaCpp:
         self._context_tokens = config.context_tokens
         self._slots = config.slots
         self._completion_tokens_default = config.completion_tokens_default or config.context_tokens
-        self._fingerprint = f'"system_fingerprint":{json.dumps(config.build)}'
+        self._build = config.build
         self._key = secrets.token_urlsafe(32)
         self._server = xllamacpp.Server(_parameters(config, self._key))
         address = str(self._server.listening_address).removeprefix("http://")
@@ -86,8 +89,13 @@ class LlamaCpp:
     def slots(self) -> int:
         return self._slots
 
-    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> None:
-        stream = _Stream(on_chunk, cancelled, self._fingerprint)
+    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> bool:
+        alias = request.get("model")
+        names = (
+            f'"model":{json.dumps(alias if isinstance(alias, str) else self._build)},'
+            f'"system_fingerprint":{json.dumps(self._build)}'
+        )
+        stream = _Stream(on_chunk, cancelled, names)
         body = self._forwarded(request)
         body.update(stream=True, timings_per_token=True, return_progress=True)
         try:
@@ -98,6 +106,7 @@ class LlamaCpp:
             raise engine_failed(repr(error)) from error
         if stream.failure is not None:
             raise stream.failure
+        return not stream.stopped
 
     def count(self, request: Mapping[str, Any]) -> int:
         status, answer = self._post("/v1/chat/completions/input_tokens", self._forwarded(request))
@@ -143,18 +152,26 @@ class LlamaCpp:
 class _Stream:
     """The callback of one request: engine chunk in, contract chunk out; True stops the engine."""
 
-    __slots__ = ("_cancelled", "_fingerprint", "_on_chunk", "_usage", "failure")
+    __slots__ = ("_cancelled", "_engine_tail", "_names", "_on_chunk", "_role", "_tail", "_usage", "failure", "stopped")
 
-    def __init__(self, on_chunk: OnChunk, cancelled: Cancelled, fingerprint: str) -> None:
+    def __init__(self, on_chunk: OnChunk, cancelled: Cancelled, names: str) -> None:
+        """`names` are the members `model` and `system_fingerprint` as the chunks shall have them."""
         self._on_chunk = on_chunk
         self._cancelled = cancelled
-        self._fingerprint = fingerprint
+        self._names = names
         self._usage = Usage()
+        # What follows `choices` is the same in every chunk of a stream: as the engine has it, and as we do.
+        self._engine_tail = self._tail = ""
+        self._role = ""  # a role that was announced and is not sent yet
         self.failure: BackendError | None = None
+        self.stopped = False
 
     def __call__(self, chunk: str) -> bool:
         try:
-            return self._cancelled() or self._take(chunk)
+            if self._cancelled():
+                self.stopped = True
+                return True
+            return self._take(chunk)
         except Exception as error:  # noqa: BLE001 - the binding would swallow it
             self.failure = engine_failed(f"chunk handling: {error!r}")
             return True
@@ -162,6 +179,9 @@ class _Stream:
     def _take(self, chunk: str) -> bool:
         if _PROGRESS in chunk:
             self._prompt_progress(chunk)
+            return False
+        if chunk.startswith(_ROLE):
+            self._role = '"delta":{"role":"assistant"'  # the next chunk, here already, takes it along
             return False
         if chunk.startswith('{"error"'):
             self.failure = _refusal(json.loads(chunk), None)
@@ -172,18 +192,26 @@ class _Stream:
         elif (tokens := _TOKENS.search(chunk, end)) is not None:
             cached, computed, completion = tokens.groups()
             self._usage = Usage(int(cached) + int(computed), int(cached), int(completion))
-        usage = self._usage
-        head = _FINGERPRINT.sub(self._fingerprint, chunk[:end], count=1)
-        self._on_chunk(
-            (
-                f'{head},"usage":{{"prompt_tokens":{usage.prompt_tokens},'
-                f'"completion_tokens":{usage.completion_tokens},'
-                f'"total_tokens":{usage.prompt_tokens + usage.completion_tokens},'
-                f'"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}}}}}'
-            ).encode(),
-            usage,
-        )
+        self._on_chunk(self._split(chunk[:end]))
         return False
+
+    def _split(self, head: str) -> Chunk:
+        if not (self._engine_tail and head.endswith(self._engine_tail)):
+            self._engine_tail = head[head.rindex(_TAIL) :]
+            self._tail = _NAMES.sub(lambda _: self._names, self._engine_tail, count=1)
+        choices = head[: -len(self._engine_tail)]
+        prefix, suffix = _TEXT
+        text = choices[len(prefix) : -len(suffix)]
+        # An unescaped `","` means that the delta has other members beside the content.
+        joinable = choices.startswith(prefix) and choices.endswith(suffix) and '","' not in text
+        if self._role:
+            more = "" if '"delta":{}' in choices else ","
+            prefix = prefix.replace('"delta":{', self._role + more)
+            choices = choices.replace('"delta":{', self._role + more, 1)
+            self._role = ""
+        if joinable:
+            return Chunk(prefix, text, suffix + self._tail, self._usage, True)
+        return Chunk(choices, "", self._tail, self._usage, False)
 
     def _prompt_progress(self, chunk: str) -> None:
         progress = _PROMPT.search(chunk)

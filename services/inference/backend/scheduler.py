@@ -1,6 +1,6 @@
 """Intake, queue and workers: everything between `execute` and the dispatcher, free of Triton.
 
-A job ends exactly once, by one event: Reply (op count), or End after any number of Chunk. Whoever has the
+A job ends exactly once, by one event: Reply (op count), or End after any number of Piece. Whoever has the
 job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
 worker otherwise.
 """
@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 from services.inference.backend import errors, request
 from services.inference.backend.config import BackendConfig
-from services.inference.backend.engine import Engine, Usage
+from services.inference.backend.engine import Chunk, Engine
 from services.inference.backend.errors import BackendError
 from services.inference.backend.job import Job
 from services.inference.backend.queue import FairQueue, QueueClosed, QueueFull
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Piece:
     """A part of a stream."""
 
     job: Job
-    content: bytes
-    usage: Usage
+    chunk: Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class End:
     error: BackendError | None
 
 
-Event = Chunk | Reply | End
+Event = Piece | Reply | End
 
 
 class Scheduler:
@@ -115,13 +114,16 @@ class Scheduler:
         if job.is_stopped():
             raise job.stop_error()
         parsed = request.parse(job.body, self._config.request_bytes_max)
-        prompt_tokens = self._engine.count(parsed.body)
         context_tokens = self._engine.context_tokens
-        if parsed.op == "count":
-            self._post(Reply(job, b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens)))
-            return
-        if prompt_tokens >= context_tokens:
-            raise errors.context_length_exceeded(prompt_tokens, context_tokens)
+        # A token takes a byte at least, and half the context is room for any template: short ones fit.
+        if parsed.op == "count" or len(job.body) > context_tokens // 2:
+            prompt_tokens = self._engine.count(parsed.body)
+            if parsed.op == "count":
+                counted = b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens)
+                self._post(Reply(job, counted))
+                return
+            if prompt_tokens >= context_tokens:
+                raise errors.context_length_exceeded(prompt_tokens, context_tokens)
         job.request, job.body = parsed.body, b""
         try:
             self._queue.put(job, priority=job.priority, tenant=job.tenant, deadline=job.deadline)
@@ -136,25 +138,20 @@ class Scheduler:
         while (job := self._queue.get()) is not None:
             with self._busy_lock:
                 self.busy_slots += 1
-            error: BackendError | None = None
-            try:
-                self._generate(job)
-            except BackendError as raised:
-                error = raised
-            except Exception as raised:  # noqa: BLE001 - one bad request must not end the slot
-                error = errors.engine_failed(f"worker: {raised!r}")
-            if job.is_stopped():
-                error = job.stop_error()
+            error = self._generate(job)
             with self._busy_lock:
                 self.busy_slots -= 1
             self._post(End(job, error))
 
-    def _generate(self, job: Job) -> None:
+    def _generate(self, job: Job) -> BackendError | None:
+        """Run the engine for one job; the error that ends it, if any."""
         job.started_at = self._clock()
         if job.is_stopped():
-            return
-        self._engine.generate(
-            job.request,
-            lambda content, usage: self._post(Chunk(job, content, usage)),
-            job.is_stopped,
-        )
+            return job.stop_error()
+        try:
+            complete = self._engine.generate(job.request, lambda chunk: self._post(Piece(job, chunk)), job.is_stopped)
+        except BackendError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the slot
+            return errors.engine_failed(f"worker: {error!r}")
+        return None if complete else job.stop_error()

@@ -1,0 +1,172 @@
+"""A tritonserver of these tests' own, with builds made for them, so that killing and filling them disturbs nobody.
+
+`repository`  session; a model repository of symbolic links into triton_models:
+              `plain` (4 slots) and `other` (another quantization, 2 slots); `narrow` (1 slot, a queue of 4, 2 of a
+              tenant, small prefill batches); `churned` (4 slots, for requests that may never arrive); `moved`,
+              which is unloaded; `frail`, which tests kill.
+`triton`      session; tritonserver on it, nothing loaded.
+`backend`     session; a client with the builds but `frail` loaded.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from deploy.local import processes
+from deploy.local.errors import NotReady
+from deploy.local.state import Layout, load_ports
+from deploy.local.triton import Triton, reap
+from tests.inference.client import BackendClient
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "triton_models"
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 30
+PR_SET_PDEATHSIG = 1
+
+BUILDS = {
+    "plain": ("chat-mini-q8_0", {"slots": 4}),
+    "other": ("chat-mini-q4_k_m", {"slots": 2}),
+    "narrow": ("chat-mini-q8_0", {"slots": 1, "queue_max": 4, "tenant_queue_max": 2, "batch_tokens": 8}),
+    "churned": ("chat-mini-q8_0", {"slots": 4}),
+    "moved": ("chat-mini-q4_k_m", {"slots": 1}),
+    "frail": ("chat-mini-q8_0", {"slots": 2}),
+}
+
+
+def add_build(repository: Path, name: str, weights: str, parameters: dict[str, int]) -> None:
+    """A build that shares code and weights with one of triton_models."""
+    folder = repository / name
+    (folder / "1").mkdir(parents=True)
+    for file in ("model.py", "model.gguf"):
+        (folder / "1" / file).symlink_to(MODELS / weights / "1" / file)
+    entries = {"engine": "llama.cpp", "context_tokens": 1024, "threads": 1, **parameters}
+    config = (MODELS / weights / "config.pbtxt").read_text().partition("parameters")[0]
+    config = config.replace(f'"{weights}"', f'"{name}"')
+    lines = (f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in entries.items())
+    (folder / "config.pbtxt").write_text(config + "".join(lines))
+
+
+@pytest.fixture(scope="session")
+def repository(state_directory: Path) -> Path:
+    path = state_directory / "triton_models"
+    for name, (weights, parameters) in BUILDS.items():
+        add_build(path, name, weights, parameters)
+    return path
+
+
+@dataclass(frozen=True)
+class OwnTriton(Triton):
+    """The launcher's Triton on another repository."""
+
+    models: Path
+
+    @property
+    def repository(self) -> Path:
+        return self.models
+
+
+@dataclass
+class RunningTriton:
+    """A tritonserver that tests may stop, start again and kill the stubs of."""
+
+    server: Triton
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.server.grpc_port}"
+
+    def start(self) -> None:
+        """Returns when the server answers."""
+        program = self.server.program()
+        stack_id = self.server.layout.stack_id
+        log = (self.server.layout.log / "triton.log").open("ab")
+        with log:
+            self.process = subprocess.Popen(
+                program.command,
+                cwd=program.directory,
+                env={**program.environment, **processes.marker(stack_id)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A test session that is killed takes its server along.
+                preexec_fn=partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM),
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                program.health()
+                return
+            except NotReady:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """A graceful end; then nothing is left."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(STOP_TIMEOUT_S)
+        reap(self.server.layout.stack_id)
+
+    def stub(self, build: str) -> int:
+        """The process id of a build's live stub."""
+        assert self.process is not None
+        model = f"/{build}/1/model.py"
+        for pid in processes.of_stack(self.server.layout.stack_id):
+            if any(part.endswith(model) for part in Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
+                return pid
+        raise AssertionError(f"{build} has no process")
+
+    def kill_stub(self, build: str) -> None:
+        os.kill(self.stub(build), signal.SIGKILL)
+
+    def metrics(self, build: str) -> dict[str, float]:
+        """tollgate_engine_* of a build, without the prefix and without histograms' buckets; errors by `errors:code`."""
+        with urllib.request.urlopen(self.server.metrics_url, timeout=5) as response:
+            text = response.read().decode()
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            name, _, rest = line.partition("{")
+            labels, _, value = rest.partition("} ")
+            if name.startswith("tollgate_engine_") and f'build="{build}"' in labels and "le=" not in labels:
+                code = labels.partition('code="')[2].rstrip('"')
+                found[name.removeprefix("tollgate_engine_") + (f":{code}" if code else "")] = float(value)
+        return found
+
+
+@pytest.fixture(scope="session")
+def triton(state_directory: Path, repository: Path) -> Iterator[RunningTriton]:
+    layout = Layout(ROOT, state_directory / "own-triton")
+    layout.prepare()
+    ports = load_ports(layout, 0, check=True)
+    server = OwnTriton(
+        layout=layout,
+        http_port=ports["triton_http"],
+        grpc_port=ports["triton_grpc"],
+        metrics_port=ports["triton_metrics"],
+        otlp_endpoint=None,
+        models=repository,
+    )
+    running = RunningTriton(server)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+async def backend(triton: RunningTriton) -> AsyncIterator[BackendClient]:
+    client = BackendClient(triton.grpc_address)
+    await asyncio.gather(*(client.load(name) for name in BUILDS if name != "frail"))
+    yield client
+    await client.close()

@@ -1,0 +1,308 @@
+"""The model contract, on a real tritonserver with a real engine."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from tests.inference.client import BackendClient, ModelError, Stream, chat, count
+from tests.inference.conftest import RunningTriton
+
+WAIT_S = 20.0
+LONG_TOKENS = 900  # about half a second of the one slot of `narrow`
+CANCELS = 200
+
+
+async def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition that is cheap to look at."""
+    deadline = time.monotonic() + WAIT_S
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.02)
+
+
+async def idle(backend: BackendClient, triton: RunningTriton, build: str) -> dict[str, float]:
+    """Wait until every request that was sent has ended and is in the metrics; these metrics."""
+
+    def is_idle() -> bool:
+        figures = triton.metrics(build)
+        ended = figures["requests_total"] == backend.sent[build]
+        return ended and figures["slots_busy"] == figures["queue_depth"] == 0
+
+    await eventually(is_idle, f"{build} is not idle")
+    return triton.metrics(build)
+
+
+async def arrived(backend: BackendClient, build: str) -> None:
+    """What was sent before this is in the model's hands: a later request has been answered."""
+    await backend.send(build, count("are you there?")).all()
+
+
+async def refusal(work: Awaitable[object]) -> str:
+    with pytest.raises(ModelError) as caught:
+        await work
+    return caught.value.code
+
+
+async def busy(backend: BackendClient, streams: int = 1) -> list[Stream]:
+    """Occupy the one slot of `narrow`, and some more time of it."""
+    running = [backend.send("narrow", chat(tokens=LONG_TOKENS), priority=0, tenant=f"busy-{n}") for n in range(streams)]
+    await running[0].first(2)
+    return running
+
+
+async def drain(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.cancel()
+
+
+async def test_a_completion_is_a_stream_of_chunks_with_an_end(backend: BackendClient) -> None:
+    stream = backend.send("plain", chat("hello", tokens=12, model="alias"))
+    chunks = await stream.all()
+    assert stream.finished
+    assert all(c["object"] == "chat.completion.chunk" for c in chunks)
+    assert {c["model"] for c in chunks} == {"alias"}
+    assert {c["system_fingerprint"] for c in chunks} == {"plain"}
+    assert {len(c["choices"]) for c in chunks} == {1}
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    reasons = [c["choices"][0]["finish_reason"] for c in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["length"]
+    assert all(list(c)[-1] == "usage" for c in chunks)
+
+
+async def test_usage_is_cumulative_and_the_last_is_final(backend: BackendClient) -> None:
+    body = chat("count these words, please", tokens=40)
+    (counted,) = await backend.send("plain", {**body, "op": "count"}).all()
+    chunks = await backend.send("plain", body).all()
+    usages = [c["usage"] for c in chunks]
+    assert {u["prompt_tokens"] for u in usages} == {counted["prompt_tokens"]}
+    completions = [u["completion_tokens"] for u in usages]
+    assert completions == sorted(completions)
+    assert completions[0] > 0
+    assert completions[-1] == completions[-2] == 40
+    assert all(u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
+
+
+async def test_a_cached_prompt_still_counts_whole(backend: BackendClient) -> None:
+    body = chat("the same long question " * 20, tokens=2)
+    first = (await backend.send("narrow", body).all())[-1]["usage"]
+    again = (await backend.send("narrow", body).all())[-1]["usage"]
+    assert again["prompt_tokens"] == first["prompt_tokens"]
+    assert first["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens_details"]["cached_tokens"]
+    assert again["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens"]
+
+
+async def test_the_same_seed_gives_the_same_text_and_builds_differ(backend: BackendClient) -> None:
+    async def text(build: str) -> str:
+        chunks = await backend.send(build, chat("tell me", tokens=24, temperature=0)).all()
+        return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+
+    assert await text("plain") == await text("plain")
+    chunks = await backend.send("other", chat(tokens=2)).all()
+    assert chunks[-1]["system_fingerprint"] == "other"
+
+
+async def test_without_max_tokens_the_context_is_the_limit(backend: BackendClient) -> None:
+    body = chat("hello")
+    del body["max_tokens"]
+    last = (await backend.send("plain", body).all())[-1]
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert last["usage"]["total_tokens"] <= 1024
+    last = (await backend.send("plain", chat("hello", tokens=2**40)).all())[-1]
+    assert last["usage"]["total_tokens"] <= 1024
+
+
+async def test_count_tells_prompt_and_context(backend: BackendClient) -> None:
+    (short,) = await backend.send("plain", count("hello")).all()
+    (longer,) = await backend.send("plain", count("hello hello hello")).all()
+    assert set(short) == {"prompt_tokens", "context_tokens"}
+    assert short["context_tokens"] == 1024
+    assert 0 < short["prompt_tokens"] < longer["prompt_tokens"]
+
+
+async def test_count_needs_no_slot(backend: BackendClient, triton: RunningTriton) -> None:
+    running = await busy(backend, streams=3)
+    await backend.send("narrow", count("hello"), priority=9).all()
+    assert not any(stream.finished for stream in running)
+    await drain(running)
+    await idle(backend, triton, "narrow")
+
+
+async def test_a_prompt_over_the_context_is_refused_before_it_queues(
+    backend: BackendClient, triton: RunningTriton
+) -> None:
+    running = await busy(backend, streams=3)
+    code = await refusal(backend.send("narrow", chat("word " * 3000), tenant="verbose").all())
+    assert code == "context_length_exceeded"
+    assert not any(stream.finished for stream in running)
+    await drain(running)
+    await idle(backend, triton, "narrow")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        {"messages": []},
+        chat(op="sing"),
+        chat(n=3),
+        chat(temperature="hot"),
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]},
+    ],
+)
+async def test_a_bad_body_is_an_invalid_request(backend: BackendClient, body: bytes | dict[str, object]) -> None:
+    assert await refusal(backend.send("plain", body).all()) == "invalid_request"
+
+
+async def test_private_fields_of_the_engine_do_not_reach_it(backend: BackendClient) -> None:
+    body = chat(tokens=3, id_slot=99, n_predict=50, grammar='root ::= "x"', stream=False, cache_prompt=False)
+    last = (await backend.send("plain", body).all())[-1]
+    assert last["usage"]["completion_tokens"] == 3
+
+
+async def test_stop_sequences_end_the_stream(backend: BackendClient) -> None:
+    whole = await backend.send("plain", chat("tell me", tokens=60, temperature=0)).all()
+    text = "".join(c["choices"][0]["delta"].get("content") or "" for c in whole)
+    word = text[8:10]
+    stopped = await backend.send("plain", chat("tell me", tokens=60, temperature=0, stop=[word])).all()
+    cut = "".join(c["choices"][0]["delta"].get("content") or "" for c in stopped)
+    assert stopped[-1]["choices"][0]["finish_reason"] == "stop"
+    assert cut == text[: text.index(word)]
+
+
+async def test_a_cancel_in_mid_stream_stops_the_engine_and_frees_the_slot(
+    backend: BackendClient, triton: RunningTriton
+) -> None:
+    before = await idle(backend, triton, "narrow")
+    stream = backend.send("narrow", chat(tokens=LONG_TOKENS))
+    await stream.first(3)
+    stream.cancel()
+    after = await idle(backend, triton, "narrow")
+    assert after["cancelled_total"] == before["cancelled_total"] + 1
+    assert after["completion_tokens_total"] - before["completion_tokens_total"] < LONG_TOKENS / 2
+
+
+async def test_a_cancel_during_prefill_stops_before_the_first_token(
+    backend: BackendClient, triton: RunningTriton
+) -> None:
+    before = await idle(backend, triton, "narrow")
+    (ten,) = await backend.send("narrow", count("hello " * 10)).all()
+    text = "hello " * (900 * 10 // ten["prompt_tokens"])  # about a hundred batches of prefill
+    stream = backend.send("narrow", chat(text, tokens=200))
+    await arrived(backend, "narrow")
+    stream.cancel()
+    after = await idle(backend, triton, "narrow")
+    assert after["cancelled_total"] == before["cancelled_total"] + 1
+    assert after["completion_tokens_total"] == before["completion_tokens_total"]
+
+
+async def test_a_cancel_in_the_queue_never_reaches_the_engine(backend: BackendClient, triton: RunningTriton) -> None:
+    before = await idle(backend, triton, "narrow")
+    running = await busy(backend, streams=3)
+    waiting = backend.send("narrow", chat(tokens=5), tenant="impatient")
+    await arrived(backend, "narrow")
+    waiting.cancel()
+    for stream in running:
+        await stream.all()
+    after = await idle(backend, triton, "narrow")
+    assert after["cancelled_total"] == before["cancelled_total"] + 1
+    assert after["completion_tokens_total"] == before["completion_tokens_total"] + 3 * LONG_TOKENS
+
+
+async def test_a_deadline_in_the_queue(backend: BackendClient, triton: RunningTriton) -> None:
+    running = await busy(backend, streams=3)
+    code = await refusal(backend.send("narrow", chat(), priority=9, timeout_s=0.1).all())
+    assert code == "deadline_exceeded"
+    assert not any(stream.finished for stream in running)
+    await drain(running)
+    await idle(backend, triton, "narrow")
+
+
+async def test_a_deadline_while_generating_keeps_what_was_sent(backend: BackendClient, triton: RunningTriton) -> None:
+    await idle(backend, triton, "narrow")
+    stream = backend.send("narrow", chat(tokens=LONG_TOKENS), timeout_s=0.15)
+    chunks = await stream.first(2)
+    assert await refusal(stream.all()) == "deadline_exceeded"
+    assert 0 < chunks[-1]["usage"]["completion_tokens"] < LONG_TOKENS
+    await idle(backend, triton, "narrow")
+
+
+async def test_a_full_queue_refuses_at_once_and_no_tenant_can_fill_it(
+    backend: BackendClient, triton: RunningTriton
+) -> None:
+    await idle(backend, triton, "narrow")
+    running = await busy(backend)
+    waiting = [backend.send("narrow", chat(tokens=LONG_TOKENS), tenant="greedy") for _ in range(2)]
+    await arrived(backend, "narrow")
+    assert await refusal(backend.send("narrow", chat(), tenant="greedy").all()) == "queue_full"
+    waiting += [backend.send("narrow", chat(tokens=LONG_TOKENS), tenant=tenant) for tenant in ("a", "b")]
+    await arrived(backend, "narrow")
+    assert await refusal(backend.send("narrow", chat(), tenant="c").all()) == "queue_full"
+    await drain(running + waiting)
+    await idle(backend, triton, "narrow")
+
+
+async def test_priority_and_turns_decide_who_is_next(backend: BackendClient, triton: RunningTriton) -> None:
+    await idle(backend, triton, "narrow")
+    running = await busy(backend)
+    order: list[str] = []
+
+    async def follow(name: str, stream: Stream) -> None:
+        await stream.first(1)
+        order.append(name)
+        await stream.all()
+
+    tasks = []
+    for name, tenant, priority in (("a0", "a", 2), ("a1", "a", 2), ("b0", "b", 2), ("urgent", "c", 1)):
+        stream = backend.send("narrow", chat(tokens=20), tenant=tenant, priority=priority)
+        tasks.append(asyncio.create_task(follow(name, stream)))
+        await arrived(backend, "narrow")
+    await running[0].all()
+    await asyncio.gather(*tasks)
+    assert order == ["urgent", "a0", "b0", "a1"]
+
+
+async def test_after_many_cancels_at_random_moments_nothing_is_held(
+    backend: BackendClient, triton: RunningTriton
+) -> None:
+    chance = random.Random(7)
+    limit = asyncio.Semaphore(12)
+
+    async def one() -> None:
+        async with limit:
+            text = "hello " * chance.randrange(1, 200)
+            stream = backend.send("churned", chat(text, tokens=chance.randrange(1, 60)))
+            chunks, after_s = chance.randrange(0, 20), chance.random() * 0.05
+            if chunks:
+                await stream.first(chunks)
+            else:
+                await asyncio.sleep(after_s)
+            stream.cancel()
+
+    await asyncio.gather(*(one() for _ in range(CANCELS)))
+    await eventually(lambda: triton.metrics("churned")["slots_busy"] == 0, "slots are held")
+    # All four slots take work: four streams have begun before any of them ends.
+    streams = [backend.send("churned", chat(tokens=400)) for _ in range(4)]
+    await asyncio.gather(*(stream.first(1) for stream in streams))
+    assert not any(stream.finished for stream in streams)
+    for chunks in await asyncio.gather(*(stream.all() for stream in streams)):
+        assert chunks[-1]["usage"]["completion_tokens"] == 400
+    figures = triton.metrics("churned")
+    assert figures["queue_depth"] == 0
+
+
+async def test_unloading_lets_a_stream_finish_and_loading_brings_the_build_back(backend: BackendClient) -> None:
+    stream = backend.send("moved", chat(tokens=300))
+    await stream.first(1)
+    await backend.unload("moved")
+    rest = await stream.all()
+    assert rest[-1]["usage"]["completion_tokens"] == 300
+    deadline = time.monotonic() + WAIT_S
+    while await backend.is_ready("moved"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    await backend.load("moved")
+    assert (await backend.send("moved", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3

@@ -1,0 +1,292 @@
+"""The inference service over a real tritonserver: builds are loaded, watched, and come back."""
+
+import asyncio
+import secrets
+import shutil
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from grpc import aio
+
+from services.inference.app import build
+from services.inference.settings import Settings
+from shared.clock import SystemClock
+from shared.grpc import Caller
+from shared.identity import HEADER, Identity, IdentityRing
+from shared.rpc import inference_pb2, inference_pb2_grpc
+from shared.runtime import Service
+from shared.web import Readiness
+from tests.inference.client import BackendClient, chat
+from tests.inference.conftest import RunningTriton, add_build
+
+WAIT_S = 60.0
+KEYS = f"test:{b64encode(secrets.token_bytes(32)).decode()}"
+READY = inference_pb2.BUILD_STATE_READY
+UNAVAILABLE = inference_pb2.BUILD_STATE_UNAVAILABLE
+
+CATALOGUE = """
+[models.frail]
+kind = "chat"
+description = "For breaking"
+created = 1763596800
+stable = "frail"
+[models.frail.builds.frail]
+engine = "llama.cpp"
+quantization = "Q8_0"
+context_tokens = 1024
+slots = 2
+"""
+MORE = """
+[models.frail.builds.{name}]
+engine = "llama.cpp"
+quantization = "Q8_0"
+context_tokens = {context_tokens}
+slots = 2
+"""
+
+
+class RunningService:
+    """The service's own build, with what a neighbour would use to talk to it."""
+
+    def __init__(self, service: Service, readiness: Readiness, ring: IdentityRing, repository: Path) -> None:
+        self.readiness = readiness
+        self.ring = ring
+        self.catalogue = repository / "catalogue.toml"
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(service.http[0].app), base_url="http://inference")
+        assert service.grpc is not None
+        self.port = service.grpc.add_insecure_port("127.0.0.1:0")
+        self._caller = Caller(f"127.0.0.1:{self.port}", ring, service="chat")
+        self._stub = inference_pb2_grpc.CatalogueStub(self._caller.channel)
+        self.seen: list[tuple[str, int]] = []
+
+    async def close(self) -> None:
+        await self._caller.close()
+        await self.http.aclose()
+
+    async def list(self) -> inference_pb2.ListReply:
+        reply = await self._caller.call(self._stub.List, inference_pb2.ListRequest())
+        assert isinstance(reply, inference_pb2.ListReply)
+        return reply
+
+    async def builds(self) -> dict[str, inference_pb2.Build]:
+        return {b.name: b for model in (await self.list()).models for b in model.builds}
+
+    async def until(self, name: str, condition: Callable[[inference_pb2.Build], bool]) -> inference_pb2.Build:
+        """Wait for a build to be as it should; remembers the states on the way."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            found = (await self.builds()).get(name)
+            if found is not None:
+                if not self.seen or self.seen[-1] != (name, found.state):
+                    self.seen.append((name, found.state))
+                if condition(found):
+                    return found
+            assert time.monotonic() < deadline, f"{name} is {found}"
+            await asyncio.sleep(0.01)
+
+    async def ready(self, name: str = "frail") -> inference_pb2.Build:
+        return await self.until(name, lambda b: b.state == READY)
+
+    async def unavailable(self, name: str = "frail", reason: str = "") -> inference_pb2.Build:
+        return await self.until(name, lambda b: b.state == UNAVAILABLE and reason in b.reason)
+
+
+@pytest.fixture
+async def service(
+    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[RunningService]:
+    (repository / "catalogue.toml").write_text(CATALOGUE)
+    for name, value in {
+        "IDENTITY_KEYS": KEYS,
+        "INFERENCE_HTTP_LISTEN": "127.0.0.1:0",
+        "INFERENCE_GRPC_LISTEN": "127.0.0.1:0",
+        "TRITON_GRPC": triton.grpc_address,
+        "MODEL_REPOSITORY": str(repository),
+        "INFERENCE_POLL_INTERVAL_MS": "100",
+        "INFERENCE_BACKOFF_MIN_MS": "50",
+        "INFERENCE_BACKOFF_MAX_MS": "500",
+    }.items():
+        monkeypatch.setenv(f"TOLLGATE_{name}", value)
+    async with AsyncExitStack() as stack:
+        readiness = Readiness()
+        built = await build(Settings(), stack, readiness)
+        running = RunningService(built, readiness, IdentityRing(KEYS, SystemClock()), repository)
+        stack.push_async_callback(running.close)
+        assert built.grpc is not None
+        await built.grpc.start()
+        stack.push_async_callback(built.grpc.stop, None)
+        tasks = [asyncio.create_task(make()) for make in built.tasks.values()]
+        yield running
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def client(triton: RunningTriton) -> AsyncIterator[BackendClient]:
+    client = BackendClient(triton.grpc_address)
+    yield client
+    await client.close()
+
+
+async def test_the_catalogue_s_builds_are_loaded_and_listed(
+    service: RunningService, triton: RunningTriton, client: BackendClient
+) -> None:
+    found = await service.ready()
+    assert found.triton_model == "frail"
+    assert found.triton_target == triton.grpc_address
+    assert (found.context_tokens, found.slots, found.quantization, found.reason) == (1024, 2, "Q8_0", "")
+    (model,) = (await service.list()).models
+    assert (model.alias, model.stable_build, model.kind) == ("frail", "frail", "chat")
+    assert (await client.send("frail", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
+    assert (await service.readiness.report())[0]
+
+
+async def test_a_killed_stub_is_noticed_and_replaced(
+    service: RunningService, triton: RunningTriton, client: BackendClient
+) -> None:
+    await service.ready()
+    before = triton.stub("frail")
+    revision = (await service.list()).revision
+    service.seen.clear()
+    triton.kill_stub("frail")
+    await service.unavailable()
+    await service.ready()
+    assert triton.stub("frail") != before
+    assert (await service.list()).revision > revision
+    assert (await client.send("frail", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
+
+
+async def test_a_stub_killed_in_mid_stream_is_replaced_too(
+    service: RunningService, triton: RunningTriton, client: BackendClient
+) -> None:
+    await service.ready()
+    streams = [client.send("frail", chat(tokens=900)) for _ in range(4)]
+    await streams[0].first(2)
+    triton.kill_stub("frail")
+    await service.unavailable()
+    await service.ready()
+    assert (await client.send("frail", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
+    for stream in streams:
+        stream.cancel()
+
+
+async def test_after_a_restart_of_triton_the_builds_are_loaded_again(
+    service: RunningService, triton: RunningTriton, client: BackendClient
+) -> None:
+    await service.ready()
+    assert triton.process is not None
+    triton.process.kill()
+    triton.process.wait()
+    await service.unavailable(reason="Triton does not answer.")
+    triton.start()
+    await service.ready()
+    assert (await client.send("frail", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
+
+
+async def test_several_replicas_load_one_build_once(
+    service: RunningService, triton: RunningTriton, repository: Path
+) -> None:
+    await service.ready()
+    stub = triton.stub("frail")
+    async with AsyncExitStack() as stack:
+        other = await build(Settings(), stack, Readiness())
+        task = asyncio.create_task(other.tasks["watcher"]())
+        await asyncio.sleep(0)
+        revision = (await service.list()).revision
+        await service.ready()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert triton.stub("frail") == stub
+    assert (await service.list()).revision == revision
+
+
+async def test_the_catalogue_file_is_followed(service: RunningService, repository: Path, client: BackendClient) -> None:
+    await service.ready()
+    add_build(repository, "late", "chat-mini-q8_0", {"slots": 2})
+    revision = (await service.list()).revision
+    service.catalogue.write_text(CATALOGUE + MORE.format(name="late", context_tokens=1024))
+    await service.ready("late")
+    assert (await service.list()).revision > revision
+    service.catalogue.write_text("not a catalogue")
+    service.catalogue.write_text(CATALOGUE)
+    deadline = time.monotonic() + WAIT_S
+    while "late" in await service.builds() or await client.is_ready("late"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    shutil.rmtree(repository / "late")
+    assert (await service.ready()).state == READY
+
+
+async def test_a_build_that_cannot_be_loaded_says_why_and_the_others_serve(
+    service: RunningService, repository: Path
+) -> None:
+    add_build(repository, "broken", "chat-mini-q8_0", {"slots": 2})
+    weights = repository / "broken" / "1" / "model.gguf"
+    weights.unlink()
+    weights.write_bytes(b"GGUF, or so it says")
+    service.catalogue.write_text(CATALOGUE + MORE.format(name="broken", context_tokens=1024))
+    found = await service.unavailable("broken", reason="Loading failed")
+    assert "\n" not in found.reason
+    assert (await service.ready()).state == READY
+    shutil.rmtree(repository / "broken")
+
+
+async def test_a_catalogue_that_contradicts_the_configuration_makes_the_build_unavailable(
+    service: RunningService, repository: Path, client: BackendClient
+) -> None:
+    add_build(repository, "liar", "chat-mini-q8_0", {"slots": 2})
+    service.catalogue.write_text(CATALOGUE + MORE.format(name="liar", context_tokens=512))
+    found = await service.unavailable("liar", reason="context_tokens")
+    assert found.reason == "context_tokens is 512 in the catalogue and 1024 in config.pbtxt."
+    service.catalogue.write_text(CATALOGUE + MORE.format(name="liar", context_tokens=1024))
+    await service.ready("liar")
+    service.catalogue.write_text(CATALOGUE)
+    deadline = time.monotonic() + WAIT_S
+    while await client.is_ready("liar"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    shutil.rmtree(repository / "liar")
+
+
+def _identity(service: RunningService, **claims: object) -> dict[str, str]:
+    return {HEADER: service.ring.sign(Identity(**claims))}  # type: ignore[arg-type]
+
+
+async def test_the_operator_s_list_is_for_administrators_and_operators(service: RunningService) -> None:
+    await service.ready()
+    path = "/api/v1/admin/inference/models"
+    assert (await service.http.get(path)).status_code == 401
+    user = _identity(service, kind="user", user_id="u", org_id="o", roles=("user",))
+    refused = await service.http.get(path, headers=user)
+    assert refused.status_code == 403
+    assert refused.json()["code"] == "insufficient_role"
+    key = _identity(service, kind="key", user_id="u", org_id="o", roles=("admin",), scopes=("chat",))
+    assert (await service.http.get(path, headers=key)).status_code == 403
+    for role in ("admin", "operator"):
+        headers = _identity(service, kind="user", user_id="u", org_id="o", roles=(role,))
+        answer = await service.http.get(path, headers=headers)
+        assert answer.status_code == 200
+    (model,) = answer.json()["models"]
+    (found,) = model["builds"]
+    assert (found["name"], found["state"], found["reason"], found["stable"]) == ("frail", "ready", "", True)
+
+
+async def test_the_catalogue_answers_to_services_only(service: RunningService) -> None:
+    async with aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+        stub = inference_pb2_grpc.CatalogueStub(channel)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await stub.List(inference_pb2.ListRequest(), timeout=5)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_metrics_show_the_builds(service: RunningService) -> None:
+    await service.ready()
+    text = (await service.http.get("/metrics")).text
+    assert 'tollgate_inference_build_ready{build="frail",model="frail"} 1.0' in text

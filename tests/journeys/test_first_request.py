@@ -1,7 +1,6 @@
 """The first request: what a stranger does with the printed key and OpenAI's SDK."""
 
 import re
-import time
 from decimal import Decimal
 from typing import Any
 
@@ -13,6 +12,8 @@ from tests.running_stack import RunningStack
 
 MESSAGES: Any = list(QUESTION)
 MANY_TOKENS: Any = {"temperature": 2.0, "presence_penalty": 2.0, "max_tokens": 700}
+ATTEMPTS_MAX = 10  # an answer may be short
+MANY_BLOCKS = 20
 SIGNUP_CREDITS = Decimal(100)
 
 
@@ -51,13 +52,19 @@ async def test_the_async_sdk_streams(async_openai_client: openai.AsyncOpenAI) ->
 
 
 def test_a_stream_arrives_as_it_is_generated(user: User) -> None:
-    began = time.perf_counter()
-    with user.api.stream("POST", "/v1/chat/completions", json=asking(stream=True, **MANY_TOKENS)) as answer:
-        moments = [time.perf_counter() - began for block in answer.iter_raw() if b'"content":"' in block]
-        ended = time.perf_counter() - began
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    assert len(moments) > 20, "the stream came in a few large pieces"
-    assert moments[0] < ended / 2, f"the first token came after {moments[0]:.3f} of {ended:.3f} s"
+    """While the first tokens are read, the hold is still open: the engine has not finished."""
+    for _ in range(ATTEMPTS_MAX):
+        blocks, held_meanwhile = 0, Decimal(0)
+        with user.api.stream("POST", "/v1/chat/completions", json=asking(stream=True, **MANY_TOKENS)) as answer:
+            for block in answer.iter_raw():
+                if b'"content":"' in block and b'"role"' not in block:
+                    held_meanwhile = user.wallet().held if blocks == 0 else held_meanwhile
+                    blocks += 1
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        if blocks > MANY_BLOCKS:
+            break
+    assert blocks > MANY_BLOCKS, "the stream came in a few large pieces"
+    assert held_meanwhile > 0
 
 
 def test_the_models_are_listed_with_context_and_prices(openai_client: openai.OpenAI) -> None:

@@ -23,6 +23,7 @@ PATTERN = re.compile(r"tg_live_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 CACHE_TTL_S = 300
 RECORD_VERSION = 1
 CHANNEL = "tollgate:keys"  # pub/sub: a message is the hex digest of a key that changed
+USAGE_STREAM = "tollgate:usage"  # stream: gateways add an entry a request, field `event` (JSON: v, at, key_id, …)
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _SECRET_CHARS = 43

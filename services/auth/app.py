@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from services.auth import tasks
-from services.auth.clients import KeyChannel
+from services.auth.clients import KeyChannel, UsageStream
 from services.auth.routes import admin, jwks, keys, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
@@ -18,6 +18,7 @@ from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
+from services.auth.service.last_use import LastUse
 from services.auth.service.outbox import Outbox
 from services.auth.service.passwords import Passwords
 from services.auth.service.sessions import SessionLimits, Sessions
@@ -44,6 +45,7 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
         http=[HttpServer(create_app(settings, services, readiness, clock, registry), settings.auth_http_listen)],
         tasks={
             "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
+            "last_use": partial(tasks.note_last_use, services.last_use, settings.auth_last_use_interval_ms),
             "prune": partial(tasks.prune_sessions, services.sessions, settings.auth_prune_interval_s),
         },
     )
@@ -116,6 +118,7 @@ async def compose(
         admin=Admin(sessions_of, keys_of, outbox, clock),
         bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),
         outbox=outbox,
+        last_use=LastUse(sessions_of, UsageStream(redis), settings.auth_last_use_batch_max),
     )
 
 

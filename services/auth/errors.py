@@ -88,10 +88,10 @@ class WeakPassword(InvalidRequest):
     default_message = "password: choose one that is harder to guess."
 
 
-class KeyChannelDown(Unavailable):
-    """Redis did not take the news of a changed key. Never reaches a client: the outbox delivers later."""
+class RedisDown(Unavailable):
+    """Redis does not answer. Never reaches a client: what it missed is delivered later."""
 
-    default_code = "key_channel_down"
+    default_code = "redis_down"
 
 
 class SigningKeyUnreadable(Internal):

@@ -1,10 +1,14 @@
-"""What runs beside the requests: delivery of key changes that Redis missed, and removal of sessions that are over."""
+"""What runs beside the requests: delivery of key changes that Redis missed, the last use of keys, and removal of
+sessions that are over.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
-from services.auth.errors import KeyChannelDown
+from services.auth.errors import RedisDown
+from services.auth.service.last_use import LastUse
 from services.auth.service.outbox import Outbox
 from services.auth.service.sessions import Sessions
 from shared.telemetry import get_logger
@@ -13,20 +17,13 @@ log = get_logger(__name__)
 
 
 async def deliver_outbox(outbox: Outbox, interval_ms: int) -> None:
-    """Deliver what is pending, batch after batch, then look again every `interval_ms`."""
-    down = False
-    while True:
-        try:
-            more = await outbox.deliver_pending()
-        except KeyChannelDown as e:
-            more = False
-            if not down:  # once per outage, not twice a second
-                log.warning("outbox_waits_for_redis", reason=e.detail)
-            down = True
-        else:
-            down = False
-        if not more:
-            await asyncio.sleep(interval_ms / 1000)
+    """Deliver what is pending, then look again every `interval_ms`."""
+    await _over_redis("outbox", outbox.deliver_pending, interval_ms)
+
+
+async def note_last_use(last_use: LastUse, interval_ms: int) -> None:
+    """Take what gateways noted, then look again every `interval_ms`."""
+    await _over_redis("last_use", last_use.note_batch, interval_ms)
 
 
 async def prune_sessions(sessions: Sessions, interval_s: int) -> None:
@@ -34,3 +31,20 @@ async def prune_sessions(sessions: Sessions, interval_s: int) -> None:
     while True:
         if not await sessions.prune():
             await asyncio.sleep(interval_s)
+
+
+async def _over_redis(task: str, take_batch: Callable[[], Awaitable[bool]], interval_ms: int) -> None:
+    """Batch after batch while there may be more. An outage of Redis is logged once, not at every attempt."""
+    down = False
+    while True:
+        try:
+            more = await take_batch()
+        except RedisDown as e:
+            more = False
+            if not down:
+                log.warning("task_waits_for_redis", task=task, reason=e.detail)
+            down = True
+        else:
+            down = False
+        if not more:
+            await asyncio.sleep(interval_ms / 1000)

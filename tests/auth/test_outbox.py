@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from services.auth import tasks
 from services.auth.clients import KeyChannel
 from services.auth.domain import KeyEvent
-from services.auth.errors import KeyChannelDown
+from services.auth.errors import RedisDown
 from shared import apikeys
 from shared.apikeys import Peppers
 from tests.auth.harness import PEPPERS, Auth, Cable, User, running
@@ -100,7 +100,7 @@ async def test_what_redis_missed_is_delivered_when_it_is_back(owner_url: str, co
         assert row is not None
         assert row["status"] == "revoked"
         assert await pending(auth, key) == 1
-        with pytest.raises(KeyChannelDown):
+        with pytest.raises(RedisDown):
             await auth.services.outbox.deliver_pending()
 
         task = asyncio.create_task(tasks.deliver_outbox(auth.services.outbox, 20))

@@ -6,17 +6,26 @@ key grow its version and leave an event in the outbox, in the same statement.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, Update, delete, func, insert, or_, select, update
+from sqlalchemy import Row, Select, Update, delete, func, insert, or_, select, text, update
 
 from services.auth.domain import ApiKey, KeyEvent, KeyStatus
 from services.auth.errors import KeyNotFound
 from services.auth.tables import ApiKeyRow, KeyOutboxRow, OrganizationRow, PlanRow
 from shared.apikeys import Digest
 from shared.database import AsyncSession
+
+_NOTE_USES = text(
+    """
+    UPDATE auth.api_key k SET last_used_at = u.at
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:times AS timestamptz[])) AS u (id, at)
+    WHERE k.id = u.id AND (k.last_used_at IS NULL OR k.last_used_at < u.at)
+    """
+)
 
 
 class KeyRepository:
@@ -131,6 +140,12 @@ class KeyRepository:
         if row is None:
             raise KeyNotFound()
         return _key(row)
+
+
+async def note_uses(session: AsyncSession, uses: Mapping[UUID, datetime]) -> None:
+    """Move the last use of keys forward, never back. No change that the gateway must hear of."""
+    ordered = sorted(uses.items())
+    await session.execute(_NOTE_USES, {"ids": [key for key, _ in ordered], "times": [at for _, at in ordered]})
 
 
 class OutboxRepository:

@@ -9,6 +9,7 @@ from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
+from services.auth.service.last_use import LastUse
 from services.auth.service.outbox import Outbox
 from services.auth.service.sessions import Sessions
 from services.auth.service.tokens import Tokens
@@ -28,3 +29,4 @@ class Services:
     admin: Admin
     bootstrap: Bootstrap
     outbox: Outbox
+    last_use: LastUse

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.clients import KeyChannel
 from services.auth.domain import KeyEvent
-from services.auth.errors import KeyChannelDown
+from services.auth.errors import RedisDown
 from services.auth.repository.keys import OutboxRepository
 from shared.database import AsyncSession
 from shared.telemetry import AuthMetrics, get_logger
@@ -33,13 +33,13 @@ class Outbox:
             return
         try:
             await self._channel.announce(events)
-        except KeyChannelDown as e:
+        except RedisDown as e:
             log.warning("outbox_delayed", events=len(events), reason=e.detail)
             return
         await self._remove(events)
 
     async def deliver_pending(self) -> bool:
-        """Deliver one batch, oldest first; whether there may be more. Raises KeyChannelDown."""
+        """Deliver one batch, oldest first; whether there may be more. Raises RedisDown."""
         async with self._sessions() as session:
             repository = OutboxRepository(session)
             events = await repository.pending(self._batch_max)

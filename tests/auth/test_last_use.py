@@ -1,0 +1,77 @@
+"""The last use of keys, from the gateways' stream."""
+
+import asyncio
+import contextlib
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.auth import tasks
+from shared import apikeys
+from tests.auth.harness import Auth, User
+
+AT = datetime(2030, 5, 17, 12, 30, 45, 123456, tzinfo=UTC)
+
+
+async def used(auth: Auth, key_id: str, at: datetime) -> None:
+    """What a gateway adds."""
+    event = {"v": 1, "at": at.isoformat(), "key_id": key_id, "status": 200}
+    await auth.redis.xadd(apikeys.USAGE_STREAM, {"event": json.dumps(event)})
+
+
+async def last_used_at(auth: Auth, user: User, key_id: str) -> str | None:
+    answer = await auth.call("GET", f"/api/v1/keys/{key_id}", token=user.access_token)
+    found: str | None = answer.json()["last_used_at"]
+    return found
+
+
+async def take_everything(auth: Auth) -> None:
+    for _ in range(2):  # the first may only have made the group
+        while await auth.services.last_use.note_batch():
+            pass
+
+
+async def test_the_last_use_is_shown_to_the_minute_and_never_goes_back(auth: Auth) -> None:
+    user = await auth.user()
+    first, second = await auth.key(user), await auth.key(user)
+    assert await last_used_at(auth, user, first["id"]) is None
+    await used(auth, first["id"], AT)
+    await used(auth, second["id"], AT - timedelta(days=1))
+    await used(auth, first["id"], AT - timedelta(hours=1))
+    await take_everything(auth)
+    assert await last_used_at(auth, user, first["id"]) == "2030-05-17T12:30:00Z"
+    assert await last_used_at(auth, user, second["id"]) == "2030-05-16T12:30:00Z"
+    await used(auth, first["id"], AT - timedelta(days=9))
+    await take_everything(auth)
+    assert await last_used_at(auth, user, first["id"]) == "2030-05-17T12:30:00Z"
+    row = await auth.key_row(first["key"])
+    assert row is not None
+    assert row["version"] == 1  # gateways need not hear of it
+
+
+@pytest.mark.parametrize("junk", ["", "[]", "null", '{"key_id": 7, "at": 7}', '{"key_id": "x", "at": "y"}', '{"v": 1}'])
+async def test_events_of_another_form_are_passed_over(auth: Auth, junk: str) -> None:
+    user = await auth.user()
+    key = await auth.key(user)
+    await auth.redis.xadd(apikeys.USAGE_STREAM, {"event": junk})
+    await auth.redis.xadd(apikeys.USAGE_STREAM, {"other": junk})
+    await used(auth, "", AT)
+    await used(auth, key["id"], AT)
+    await take_everything(auth)
+    assert await last_used_at(auth, user, key["id"]) is not None
+
+
+async def test_the_task_goes_on_after_redis_was_emptied(auth: Auth) -> None:
+    user = await auth.user()
+    key = await auth.key(user)
+    await take_everything(auth)
+    await auth.redis.delete(apikeys.USAGE_STREAM)
+    task = asyncio.create_task(tasks.note_last_use(auth.services.last_use, 10))
+    await used(auth, key["id"], AT)
+    async with asyncio.timeout(10):
+        while await last_used_at(auth, user, key["id"]) is None:
+            await asyncio.sleep(0.02)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

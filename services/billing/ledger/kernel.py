@@ -185,10 +185,10 @@ def _settle(book: Book, op: Settle) -> Settled:
     if hold.open is None and not late:
         raise HoldResolved()
     # A heartbeat may have reported a class of tokens that the settlement does not name: usage never shrinks.
-    reported = hold.posted if late else hold.open.usage if hold.open else Usage()
-    usage = op.usage.at_least(reported)
-    cost = hold.row.price.terms.cost(usage)
-    due = cost - hold.posted_cost if late else cost
+    usage = op.usage.at_least(hold.open.usage if hold.open else hold.posted)
+    # More cached input may be cheaper than what the expiry posted: a remainder is never negative.
+    cost = max(hold.row.price.terms.cost(usage), hold.posted_cost)
+    due = cost - hold.posted_cost
     _check_room(book, due)
     settled = _pay(book, hold.row, due, "late") if late else _resolve(book, hold, "post", due)
     if not late or usage != hold.posted:
@@ -197,7 +197,7 @@ def _settle(book: Book, op: Settle) -> Settled:
             part=int(late),
             op_id=book.op_id,
             build=op.build,
-            tokens=usage.minus(hold.posted if late else Usage()),
+            tokens=usage.minus(hold.posted),
             cost=due,
             finish_reason=op.finish_reason,
             duration_ms=op.duration_ms,

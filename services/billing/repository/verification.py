@@ -86,9 +86,9 @@ CHECKS: dict[str, str] = {
             FROM billing.usage u WINDOW parts AS (PARTITION BY u.hold_id ORDER BY u.part))
         SELECT r.wallet_id, format('hold %s part %s: %s', r.hold_id, r.part, r.cost)
         FROM running r JOIN billing.price p ON p.id = r.price_id
-        WHERE r.total <> p.per_request + ceil((
+        WHERE r.total <> greatest(r.total - r.cost, p.per_request + ceil((
             (r.all_input - r.all_cached) * p.input
-            + r.all_cached * p.cached_input + r.all_output * p.output) / 1000000)""",
+            + r.all_cached * p.cached_input + r.all_output * p.output) / 1000000))""",
     "usage is paid or owed": """
         WITH paid AS (
             SELECT hold_id, sum(amount) amount FROM billing.transfer

@@ -9,6 +9,7 @@ from deploy.local.supervisor import Supervisor
 
 POLL_S = 0.05
 LOG_TAIL_LINES = 20
+LOG_LINE_CHARS = 400
 # A program that ended this often before it was healthy once will not be healthy later.
 MAX_FAILED_STARTS = 3
 
@@ -51,6 +52,9 @@ def log_tail(layout: Layout, name: str, lines: int = LOG_TAIL_LINES) -> list[str
 
 
 def _failure(layout: Layout, program: Program, problem: str) -> str:
-    tail = "\n".join(f"    {line}" for line in log_tail(layout, program.name)) or "    (nothing)"
+    lines = (
+        line if len(line) <= LOG_LINE_CHARS else f"{line[:LOG_LINE_CHARS]} …" for line in log_tail(layout, program.name)
+    )
+    tail = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
     path = layout.log / f"{program.name}.log"
     return f"{program.title} failed: {problem}\n  The end of {path}:\n{tail}\n  What to do: {program.remedy}"

@@ -28,8 +28,9 @@ class Progress:
             head = "\r" + head
         try:
             yield
-        except BaseException:
-            self._write(f"{head} failed  {time.monotonic() - began:5.1f} s\n")
+        except BaseException as error:
+            word = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._write(f"{head} {word:<7} {time.monotonic() - began:5.1f} s\n")
             raise
         self._write(f"{head} {outcome:<7} {time.monotonic() - began:5.1f} s\n")
 

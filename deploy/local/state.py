@@ -137,8 +137,9 @@ def write_private(path: Path, text: str) -> None:
 def exclusive(layout: Layout) -> Iterator[None]:
     """Hold the stack's lock, so that two commands never start or stop it at once.
 
-    Raises LaunchError when another command holds it.
+    Raises LaunchError when another command holds it, or when the directory is not a stack's.
     """
+    layout.check_owned()
     with (layout.state / STATE_MARK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -36,8 +36,12 @@ def test_stacks_of_different_states_have_different_ids(tmp_path: Path) -> None:
 
 def test_a_directory_with_other_things_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").touch()
+    layout = Layout(ROOT, tmp_path)
     with pytest.raises(LaunchError, match="is not empty and holds no stack"):
-        Layout(ROOT, tmp_path).prepare()
+        layout.prepare()
+    with pytest.raises(LaunchError, match="is not empty and holds no stack"), exclusive(layout):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_secrets_are_made_once_and_private(layout: Layout) -> None:

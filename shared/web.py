@@ -72,7 +72,13 @@ def create_app(
     service: str, *, ring: IdentityRing, registry: CollectorRegistry, readiness: Readiness, description: str = ""
 ) -> FastAPI:
     """The application; include routers in it, then hand it to the runtime."""
-    app = FastAPI(title=f"Tollgate {service}", description=description, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title=f"Tollgate {service}",
+        description=description,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would name this service's internal address
+    )
     app.state.ring = ring
     app.add_exception_handler(TollgateError, _on_tollgate_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

@@ -274,5 +274,9 @@ async def test_an_organisation_has_at_most_so_many_usable_keys(owner_url: str, c
         statuses = [status for status, _ in await asyncio.gather(*(create(auth, user) for _ in range(6)))]
         assert sorted(statuses) == [201] * 3 + [409] * 3
         listed = (await auth.call("GET", KEYS, token=user.access_token)).json()["data"]
+        path = f"{KEYS}/{listed[1]['id']}/rotate"
+        with_grace = await auth.call("POST", path, token=user.access_token, json={"grace_s": 60})
+        assert (with_grace.status_code, with_grace.json()["code"]) == (409, "too_many_keys")
+        assert (await auth.call("POST", path, token=user.access_token, json={"grace_s": 0})).status_code == 201
         await auth.call("DELETE", f"{KEYS}/{listed[0]['id']}", token=user.access_token)
         assert (await create(auth, user))[0] == 201

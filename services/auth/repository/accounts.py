@@ -83,17 +83,15 @@ class AccountRepository:
         await self._session.execute(upsert(UserRoleRow).values(user_id=user_id, role=role).on_conflict_do_nothing())
 
     async def find_by_login(self, login: str) -> Account | None:
-        """The account of a user name or an e-mail address, in the user's first organisation."""
-        folded = login.lower()
+        """The account of a user name or an e-mail address, in the user's first organisation that is active."""
+        folded = func.lower(login)  # by PostgreSQL, as the indexes are: Python folds some letters otherwise
         return await self._one(
             _accounts().where(or_(func.lower(UserRow.username) == folded, func.lower(UserRow.email) == folded))
         )
 
     async def find(self, user_id: UUID, org_id: UUID) -> Account | None:
         """The account of a member of an organisation; None for strangers and suspended organisations."""
-        return await self._one(
-            _accounts().where(UserRow.id == user_id, OrganizationRow.id == org_id, OrganizationRow.status == "active")
-        )
+        return await self._one(_accounts().where(UserRow.id == user_id, OrganizationRow.id == org_id))
 
     async def lock_user(self, user_id: UUID) -> tuple[UserStatus, tuple[str, ...]] | None:
         """A user's status and roles, locked until the transaction ends."""
@@ -122,6 +120,7 @@ def _accounts() -> Select[UserRow, OrganizationRow, str, list[str], list[str]]:
         select(UserRow, OrganizationRow, MembershipRow.role, _ROLES, _SCOPES)
         .join(MembershipRow, MembershipRow.user_id == UserRow.id)
         .join(OrganizationRow, OrganizationRow.id == MembershipRow.org_id)
+        .where(OrganizationRow.status == "active")
     )
 
 

@@ -157,7 +157,9 @@ async def delete_key(key_id: UUID, actor: CurrentActor, services: AllServices) -
     "/{key_id}/rotate",
     status_code=201,
     summary="Replace a key's secret",
-    responses=refusals(InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, KeyNotFound, KeyNotActive),
+    responses=refusals(
+        InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, KeyNotFound, KeyNotActive, TooManyKeys
+    ),
 )
 async def rotate_key(
     key_id: UUID, actor: CurrentActor, services: AllServices, body: RotateKeyBody | None = None

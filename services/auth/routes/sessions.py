@@ -20,7 +20,7 @@ router = APIRouter(prefix="/api/v1/auth", tags=["auth"])
 
 
 class LoginBody(BaseModel):
-    """`username` or `email`, and the password."""
+    """`username` (or the address in its place) or `email`, and the password; with both, the name counts."""
 
     model_config = ConfigDict(
         hide_input_in_errors=True,
@@ -33,8 +33,8 @@ class LoginBody(BaseModel):
 
     @model_validator(mode="after")
     def _names_somebody(self) -> Self:
-        if (self.username is None) == (self.email is None):
-            raise ValueError("send either username or email.")
+        if self.username is None and self.email is None:
+            raise ValueError("send username or email.")
         return self
 
 

@@ -94,9 +94,7 @@ class Keys:
         now = self._clock.now()
         async with self._sessions.begin() as session:
             repository = KeyRepository(session, tenant=actor.org_id)
-            plan = await repository.plan_limits(actor.org_id)
-            if await repository.count_usable(now) >= self._per_org_max:
-                raise TooManyKeys()
+            plan = await self._make_room(repository, actor.org_id, now)
             key_id = ids.uuid7()
             new = self._generate(
                 ApiKey(
@@ -188,12 +186,14 @@ class Keys:
 
     async def rotate(self, actor: Actor, key_id: UUID, *, grace_s: int) -> NewKey:
         """A new secret on the same terms and the same limit counters; the old key works for `grace_s` more, never
-        past its own expiry. Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld.
+        past its own expiry. Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld, TooManyKeys.
         """
         actor.identity.require_scope("keys:write")
         now = self._clock.now()
         async with self._sessions.begin() as session:
             repository = KeyRepository(session, tenant=actor.org_id)
+            if grace_s:  # for so long there is one key more
+                await self._make_room(repository, actor.org_id, now)
             old = self._usable(await repository.lock(key_id))
             check_scopes(old.scopes, actor.identity.scopes)
             check_models(old.models, actor.identity.models)
@@ -215,6 +215,13 @@ class Keys:
             key_ids = await repository.usable_named(actor.user_id, name, self._clock.now())
         for key_id in key_ids:
             await self.revoke(actor, key_id)
+
+    async def _make_room(self, repository: KeyRepository, org_id: UUID, now: datetime) -> dict[str, int]:
+        """The plan's limits, once there is room for one key more; keys of an organisation are made one by one."""
+        plan = await repository.plan_limits(org_id)
+        if await repository.count_usable(now) >= self._per_org_max:
+            raise TooManyKeys()
+        return plan
 
     @staticmethod
     async def _retire(repository: KeyRepository, old: ApiKey, now: datetime, grace_s: int) -> list[KeyEvent]:

@@ -66,6 +66,7 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.count: Script = self.count_seven
         self.requests: list[dict[str, Any]] = []
         self.parameters: list[dict[str, Any]] = []
+        self.metadata: list[dict[str, Any]] = []
         self.begun = asyncio.Event()
         self.stopped = asyncio.Event()
 
@@ -73,7 +74,8 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
     async def count_seven(_: dict[str, Any]) -> AsyncIterator[Item]:
         yield {"prompt_tokens": 7, "context_tokens": 100}
 
-    async def ModelStreamInfer(self, requests: Any, _: Any) -> AsyncIterator[Any]:
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        self.metadata.append(dict(context.invocation_metadata()))
         async for request in requests:
             content = request.raw_input_contents[0]
             assert len(content) == LENGTH_PREFIX.unpack_from(content)[0] + LENGTH_PREFIX.size

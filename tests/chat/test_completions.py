@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from shared.errors import PaymentRequired, Unavailable
 from shared.identity import HEADER
@@ -210,9 +211,9 @@ async def test_models_have_openais_shape_with_context_builds_and_prices(chat: Ch
     ]
     assert one["prices"] == {
         "per_request": "0.00",
-        "input_per_million": "1.50",
-        "cached_input_per_million": "0.50",
-        "output_per_million": "2.00",
+        "input": "1.50",
+        "cached_input": "0.50",
+        "output": "2.00",
     }
 
 
@@ -234,3 +235,26 @@ async def test_the_openapi_document_describes_the_body_with_examples(chat: Chat)
         assert (await chat.complete(**{**example["value"], "model": "small"})).status_code == 200
     assert {"200", "400", "401", "402", "403", "404", "429", "503"} <= set(operation["responses"])
     assert "422" not in operation["responses"]
+
+
+@pytest.mark.parametrize(("flags", "is_joined"), [("01", True), ("00", False)])
+async def test_a_sampled_trace_reaches_the_engine_and_only_a_sampled_one(
+    chat: Chat, flags: str, is_joined: bool
+) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    async with chat.client() as client:
+        headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-{flags}"}
+        await client.post("/v1/chat/completions", json=asking(), headers=headers)
+    joined = [m["traceparent"].split("-")[1] for m in chat.engine.metadata if "traceparent" in m]
+    assert joined == ([trace_id] * 2 if is_joined else [])
+
+
+async def test_prompts_and_answers_are_never_logged(chat: Chat) -> None:
+    marker = "the-secret-of-the-prompt"
+    with capture_logs() as logs:
+        await chat.complete(messages=[{"role": "user", "content": marker}])
+        await chat.complete(messages=[{"role": marker, "content": marker}])
+        await chat.complete(model="asleep", messages=[{"role": "user", "content": marker}])
+    assert "completion" in {entry["event"] for entry in logs}
+    assert marker not in str(logs)
+    assert "one two three" not in str(logs)

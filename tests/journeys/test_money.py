@@ -37,7 +37,7 @@ def poor_user(stack: RunningStack, user: User) -> User:
 
 def test_a_customers_own_price_is_in_the_model_list(poor_user: User) -> None:
     model = poor_user.api.get("/v1/models/chat-mini").json()
-    assert Decimal(model["prices"]["output_per_million"]) == TOKEN_CREDITS * 10**6
+    assert Decimal(model["prices"]["output"]) == TOKEN_CREDITS * 10**6
 
 
 def test_a_limit_that_the_wallet_does_not_cover_is_refused_with_402(poor_user: User) -> None:

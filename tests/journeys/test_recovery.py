@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 import httpx
+import psutil
 import pytest
 
 from deploy.local.seed import run_module
@@ -19,6 +20,7 @@ from tests.journeys.people import NewUser, User, asking, client
 from tests.running_stack import RunningStack
 
 SERVICES = ("gateway", "auth", "billing", "chat", "inference")
+STABLE = "chat-mini-q8_0"
 CUSTOMERS = 3
 RESOLVED_WITHIN_S = 90.0  # a hold of a process that died expires, then the sweeper settles it
 
@@ -105,3 +107,25 @@ def test_a_data_store_that_is_killed_under_load_loses_and_doubles_no_credit(
     stack: RunningStack, fresh_user: NewUser, store: str
 ) -> None:
     test_killing_a_process_loses_and_doubles_no_credit(stack, fresh_user, store)
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_process_that_dies_ends_its_streams_with_an_error_and_is_replaced(
+    stack: RunningStack, fresh_user: NewUser
+) -> None:
+    """The server itself stays up, and its streams from the dead process stay open: silence is what tells."""
+    customers = [Customer(fresh_user()) for _ in range(CUSTOMERS)]
+    for customer in customers:
+        unlimit(stack, customer.user)
+    with busy(customers):
+        until(lambda: all(len(c.receipts) >= 2 for c in customers), what="everybody is served")
+        for child in psutil.Process(stack.pid("triton")).children(recursive=True):
+            if STABLE in " ".join(child.cmdline()):
+                child.kill()
+        served = [len(c.receipts) for c in customers]
+        until(
+            lambda: all(len(c.receipts) >= before + 2 for c, before in zip(customers, served, strict=True)),
+            what="everybody is served again",
+        )
+    stack.wait_healthy()
+    check_books(stack, customers)

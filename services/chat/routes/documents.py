@@ -136,9 +136,9 @@ _MODEL = {
     "context_window": 1024,
     "prices": {
         "per_request": "0.00",
-        "input_per_million": "50.00",
-        "cached_input_per_million": "25.00",
-        "output_per_million": "150.00",
+        "input": "50.00",
+        "cached_input": "25.00",
+        "output": "150.00",
     },
     "builds": [
         {
@@ -154,7 +154,10 @@ _MODEL = {
 }
 
 MODEL_LIST: dict[str, Any] = {
-    "description": "The models that this key may use. Prices are the caller's own, in credits; null while unknown.",
+    "description": (
+        "The models that this key may use. Prices are the caller's own, in credits per request and per million tokens; "
+        "null while unknown."
+    ),
     "responses": {
         200: {
             "description": "The models.",

@@ -60,10 +60,10 @@ def _wire(model: Model, price: Price | None) -> dict[str, Any]:
 
 
 def _price(price: Price) -> dict[str, str]:
-    """Credits as decimal strings: per request, and per million tokens."""
+    """In billing's words: decimal credits per request, and per million tokens of a class."""
     return {
         "per_request": credits_text(price.per_request_nano),
-        "input_per_million": credits_text(price.input_nano_per_million),
-        "cached_input_per_million": credits_text(price.cached_input_nano_per_million),
-        "output_per_million": credits_text(price.output_nano_per_million),
+        "input": credits_text(price.input_nano_per_million),
+        "cached_input": credits_text(price.cached_input_nano_per_million),
+        "output": credits_text(price.output_nano_per_million),
     }

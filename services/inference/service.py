@@ -83,6 +83,9 @@ class Models:
         for name in builds:
             if name not in self._statuses:
                 self._statuses[name] = BuildStatus(BuildState.LOADING, "It is not loaded yet.", self._clock.now())
+        self._metrics.build_ready.clear()  # labels of builds and aliases that are gone
+        for name in builds:
+            self._show(name)
         self._revision += 1
         return True
 
@@ -94,7 +97,7 @@ class Models:
         since = self._clock.now() if before.state is not state else before.since
         self._statuses[build] = BuildStatus(state, reason, since)
         self._revision += 1
-        self._metrics.build_ready.labels(self._catalogue.alias_of(build), build).set(state is BuildState.READY)
+        self._show(build)
         log.info("build_state", build=build, state=state.value, reason=reason)
 
     def is_ready(self, build: str) -> bool:
@@ -135,6 +138,9 @@ class Models:
         """Unload what the catalogue no longer lists. Raises TritonUnreachable."""
         await self._triton.unload(build)
         log.info("build_unloaded", build=build)
+
+    def _show(self, build: str) -> None:
+        self._metrics.build_ready.labels(self._catalogue.alias_of(build), build).set(self.is_ready(build))
 
     async def _load(self, build: Build) -> None:
         try:

@@ -13,14 +13,19 @@ import grpc
 import httpx
 import pytest
 from grpc import aio
+from prometheus_client import CollectorRegistry
 
 from services.inference.app import build
+from services.inference.errors import CatalogueInvalid
+from services.inference.service import Models, Patience
 from services.inference.settings import Settings
+from services.inference.triton import TritonServer
 from shared.clock import SystemClock
 from shared.grpc import Caller
 from shared.identity import HEADER, Identity, IdentityRing
 from shared.rpc import inference_pb2, inference_pb2_grpc
 from shared.runtime import Service
+from shared.telemetry import InferenceMetrics
 from shared.web import Readiness
 from tests.inference.client import BackendClient, chat
 from tests.inference.conftest import RunningTriton, add_build
@@ -214,14 +219,31 @@ async def test_the_catalogue_file_is_followed(service: RunningService, repositor
     service.catalogue.write_text(CATALOGUE + MORE.format(name="late", context_tokens=1024))
     await service.ready("late")
     assert (await service.list()).revision > revision
-    service.catalogue.write_text("not a catalogue")
     service.catalogue.write_text(CATALOGUE)
     deadline = time.monotonic() + WAIT_S
     while "late" in await service.builds() or await client.is_ready("late"):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+    assert 'build_ready{build="late"' not in (await service.http.get("/metrics")).text
     shutil.rmtree(repository / "late")
     assert (await service.ready()).state == READY
+
+
+async def test_a_broken_catalogue_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "catalogue.toml").write_text(CATALOGUE)
+    triton = TritonServer("127.0.0.1:1", control_timeout_s=1, load_timeout_s=1)
+    metrics = InferenceMetrics(CollectorRegistry())
+    models = Models(tmp_path, triton, metrics, SystemClock(), Patience(canary_s=1, first_token_s=1, reload_quiet_s=1))
+    before = models.snapshot()
+    (tmp_path / "catalogue.toml").write_text("not a catalogue")
+    with pytest.raises(CatalogueInvalid, match="not valid TOML"):
+        models.reread()
+    assert not models.reread()  # it complains once
+    assert models.snapshot() == before
+    (tmp_path / "catalogue.toml").unlink()
+    with pytest.raises(CatalogueInvalid, match="cannot read"):
+        models.reread()
+    await triton.close()
 
 
 async def test_a_build_that_cannot_be_loaded_says_why_and_the_others_serve(

@@ -23,8 +23,8 @@ The contract
 - The stream ends with an empty final response (`triton_final_response`).
 
 Which thread does what
-- Triton's thread calls `execute`: it wraps a request into a `Job` and hands it over, nothing else.
-- one intake thread parses and counts; it refuses what cannot be served, before it can occupy the queue;
+- Triton's thread calls `execute`: it wraps a request into a `Job`, parses it, and refuses or queues it;
+- one thread counts the prompts that might not fit, and those of `op: count`, before they can occupy the queue;
 - `slots` worker threads take jobs from the fair queue and run the engine;
 - one dispatcher thread owns every response sender and every metric (both crash the server when touched
   from several threads) and finds out about cancellation and deadlines.

@@ -11,7 +11,7 @@
 | batch_tokens | 64 | prompt tokens computed at once; a cancel during prefill waits for one such batch |
 | prompt_cache_mib | 64 | memory for prompts of earlier requests |
 | queue_max, tenant_queue_max | 64, 32 | waiting requests, in all and of one tenant |
-| intake_max | 256 | requests that were not looked at yet |
+| intake_max | 256 | requests that wait to be counted |
 | request_bytes_max | 2097152 | size of a body |
 | completion_tokens_default | 0 = to the end of the context | when the body names no limit |
 """

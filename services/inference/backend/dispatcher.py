@@ -105,6 +105,7 @@ class Dispatcher:
         if isinstance(event, Piece):
             self._hold(event.job, event.chunk)
         elif isinstance(event, Job):
+            event.checked_at = event.received_at
             self._jobs.add(event)
         elif isinstance(event, End):
             self._end(event.job, event.error, None)
@@ -186,8 +187,9 @@ class Dispatcher:
         for job in going:
             if job.deadline is not None and job.deadline <= now:
                 self._stop(job, "deadline_exceeded")
-        running = (job for job in going if job.started_at is not None)
-        waiting = (job for job in going if job.started_at is None)
+        due = [job for job in going if now - job.checked_at >= POLL_S]
+        running = (job for job in due if job.started_at is not None)
+        waiting = (job for job in due if job.started_at is None)
         for jobs, count in ((running, CHECKS_RUNNING), (waiting, CHECKS_WAITING)):
             for job in heapq.nsmallest(count, jobs, key=attrgetter("checked_at")):
                 job.checked_at = now

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from services.inference.backend.engine import Chunk, Usage
 from services.inference.backend.errors import BackendError, cancelled, deadline_exceeded
+from services.inference.backend.request import Op
 
 StopReason = Literal["cancelled", "deadline_exceeded"]
 
@@ -13,7 +14,7 @@ StopReason = Literal["cancelled", "deadline_exceeded"]
 class Job:
     """Moments are seconds on the monotonic clock.
 
-    Written by one thread at a time: the intake thread sets `request`, a worker `started_at`, the
+    Written by one thread at a time: intake sets `op` and `request`, a worker `started_at`, the
     dispatcher `stop` and everything below it. Passing the job through a queue orders these writes.
     """
 
@@ -23,12 +24,13 @@ class Job:
     tenant: str
     received_at: float
     deadline: float | None
+    op: Op = "chat"
     request: dict[str, Any] = field(default_factory=dict)
     started_at: float | None = None
     stop: StopReason | None = None
     """Why nobody wants the rest. The thread that has the job sees it and ends the job."""
     checked_at: float = 0.0
-    """When Triton was last asked whether the caller is still there."""
+    """When Triton was last asked whether the caller is still there; first, when the dispatcher got the job."""
     pending: list[Chunk] = field(default_factory=list)
     first_token_at: float | None = None
     usage: Usage = field(default_factory=Usage)

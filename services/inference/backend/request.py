@@ -1,17 +1,17 @@
 """The REQUEST tensor's JSON, checked as far as every engine needs it."""
 
 import json
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from services.inference.backend.errors import BackendError
 
+Op = Literal["chat", "count"]
 
-@dataclass(frozen=True, slots=True)
-class ParsedRequest:
+
+class ParsedRequest(NamedTuple):
     """`body` is the OpenAI chat body without `op`."""
 
-    op: Literal["chat", "count"]
+    op: Op
     body: dict[str, Any]
 
 
@@ -41,4 +41,4 @@ def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
         value = body.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise invalid(f"`{name}` must be a positive integer.")
-    return ParsedRequest(cast('Literal["chat", "count"]', op), body)
+    return ParsedRequest(cast(Op, op), body)

@@ -3,6 +3,9 @@
 A job ends exactly once, by one event: Reply (op count), or End after any number of Piece. Whoever has the
 job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
 worker otherwise.
+
+Intake runs in the caller's thread and never blocks; only what has to be counted goes through the counting
+thread, which waits for the engine's tokenizer.
 """
 
 import queue
@@ -60,9 +63,9 @@ class Scheduler:
         self._config = config
         self._post = post
         self._clock = clock
-        self._intake: queue.Queue[Job | None] = queue.Queue(config.intake_max)
+        self._uncounted: queue.Queue[Job | None] = queue.Queue(config.intake_max)
         self._queue: FairQueue[Job] = FairQueue(config.queue_max, config.tenant_queue_max, clock)
-        self._threads = [threading.Thread(target=self._take_in, name="intake")]
+        self._threads = [threading.Thread(target=self._count, name="count")]
         self._threads += [threading.Thread(target=self._work, name=f"slot-{number}") for number in range(engine.slots)]
         self.busy_slots = 0
         self._busy_lock = threading.Lock()
@@ -77,11 +80,8 @@ class Scheduler:
             thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take a job over; never blocks."""
-        try:
-            self._intake.put_nowait(job)
-        except queue.Full:
-            self._post(End(job, errors.queue_full()))
+        """Take a job over: it is refused, queued, or waits to be counted. Never blocks."""
+        self._or_end(self._take_in, job)
 
     def withdraw(self, job: Job) -> None:
         """End a stopped job now if it still waits; otherwise its thread sees `job.stop` and ends it."""
@@ -95,43 +95,58 @@ class Scheduler:
 
     def close(self) -> None:
         """End what waits, finish what runs, join every thread."""
-        self._intake.put(None)
+        self._uncounted.put(None)
         for job in self._queue.close():
             self._post(End(job, errors.cancelled()))
         for thread in self._threads:
             thread.join()
 
-    def _take_in(self) -> None:
-        while (job := self._intake.get()) is not None:
-            try:
-                self._admit(job)
-            except BackendError as error:
-                self._post(End(job, error))
-            except Exception as error:  # noqa: BLE001 - one bad request must not end the thread
-                self._post(End(job, errors.engine_failed(f"intake: {error!r}")))
+    def _or_end(self, step: Callable[[Job], None], job: Job) -> None:
+        try:
+            step(job)
+        except BackendError as error:
+            self._post(End(job, error))
+        except Exception as error:  # noqa: BLE001 - one bad request must not end a thread
+            self._post(End(job, errors.engine_failed(f"intake: {error!r}")))
 
-    def _admit(self, job: Job) -> None:
+    def _take_in(self, job: Job) -> None:
+        size = len(job.body)
+        job.op, job.request = request.parse(job.body, self._config.request_bytes_max)
+        job.body = b""
+        # A token takes a byte at least, and half the context is room for any template: short prompts fit.
+        if job.op == "chat" and size <= self._engine.context_tokens // 2:
+            self._enqueue(job)
+            return
+        try:
+            self._uncounted.put_nowait(job)
+        except queue.Full:
+            raise errors.queue_full() from None
+
+    def _count(self) -> None:
+        while (job := self._uncounted.get()) is not None:
+            self._or_end(self._count_one, job)
+
+    def _count_one(self, job: Job) -> None:
         if job.is_stopped():
             raise job.stop_error()
-        parsed = request.parse(job.body, self._config.request_bytes_max)
+        prompt_tokens = self._engine.count(job.request)
         context_tokens = self._engine.context_tokens
-        # A token takes a byte at least, and half the context is room for any template: short ones fit.
-        if parsed.op == "count" or len(job.body) > context_tokens // 2:
-            prompt_tokens = self._engine.count(parsed.body)
-            if parsed.op == "count":
-                counted = b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens)
-                self._post(Reply(job, counted))
-                return
-            if prompt_tokens >= context_tokens:
-                raise errors.context_length_exceeded(prompt_tokens, context_tokens)
-        job.request, job.body = parsed.body, b""
+        if job.op == "count":
+            counted = b'{"prompt_tokens":%d,"context_tokens":%d}' % (prompt_tokens, context_tokens)
+            self._post(Reply(job, counted))
+        elif prompt_tokens >= context_tokens:
+            raise errors.context_length_exceeded(prompt_tokens, context_tokens)
+        else:
+            self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
         try:
             self._queue.put(job, priority=job.priority, tenant=job.tenant, deadline=job.deadline)
         except QueueFull:
             raise errors.queue_full() from None
         except QueueClosed:
             raise errors.cancelled() from None
-        if job.is_stopped():  # stopped between the check above and the queue: nobody else would notice
+        if job.is_stopped():  # stopped while it was on its way into the queue: nobody else would notice
             self.withdraw(job)
 
     def _work(self) -> None:

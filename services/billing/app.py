@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 
 from services.billing.ledger.writer import Writer, WriterLimits
-from services.billing.repository import pool as database
-from services.billing.repository.pool import PoolLimits
+from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.routes import admin, prices, transactions, wallet
 from services.billing.service import Billing, Prices
 from services.billing.servicer import Servicer
@@ -27,22 +26,21 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     registry = new_registry()
     metrics = BillingMetrics(registry)
 
-    limits = PoolLimits(
+    limits = DatabaseLimits(
         connections_max=settings.billing_database_connections_max,
         acquire_timeout_s=settings.billing_database_acquire_timeout_s,
     )
-    pool = await database.create_pool(settings.billing_database_url.get_secret_value(), limits)
-    stack.push_async_callback(pool.close)
-    readiness.add("postgres", lambda: database.ping(pool))
+    url = settings.billing_database_url.get_secret_value()
+    database = await stack.enter_async_context(Database(url, limits))
+    readiness.add("postgres", database.ping)
 
     writer_limits = WriterLimits(
         operation_timeout_s=settings.billing_operation_timeout_s,
-        acquire_timeout_s=settings.billing_database_acquire_timeout_s,
         operations_in_flight_max=settings.billing_operations_in_flight_max,
     )
-    ledger = Writer(pool, signup_credits=settings.signup_nano, metrics=metrics, limits=writer_limits)
+    ledger = Writer(database, signup_credits=settings.signup_nano, metrics=metrics, limits=writer_limits)
     stack.push_async_callback(ledger.close)
-    billing, price_service = Billing(pool, ledger), Prices(pool)
+    billing, price_service = Billing(database, ledger), Prices(database)
 
     app = web.create_app(
         "billing", ring=ring, registry=registry, readiness=readiness, description="Wallets, prices and the ledger."
@@ -55,13 +53,13 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     add_LedgerServicer_to_server(Servicer(ledger, price_service), server)
 
     sweeper = Sweeper(
-        pool,
+        database,
         ledger,
         metrics,
         interval_s=settings.billing_sweep_interval_s,
         batch_max=settings.billing_sweep_batch_max,
     )
-    gauges = Gauges(pool, metrics, interval_s=settings.billing_gauges_interval_s)
+    gauges = Gauges(database, metrics, interval_s=settings.billing_gauges_interval_s)
     return Service(
         http=[HttpServer(app, settings.billing_http_listen)],
         grpc=server,

@@ -10,7 +10,7 @@ import typer
 
 from services.billing.app import build
 from services.billing.price_file import PriceFileError, read_prices
-from services.billing.repository.pool import PoolLimits, create_pool
+from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.repository.verification import verify as verify_ledger
 from services.billing.service import Prices
 from services.billing.settings import BillingSettings, DatabaseSettings, MigrationSettings
@@ -59,8 +59,8 @@ def prices(
 
 async def _publish(url: str, file: Path) -> None:
     wanted = read_prices(file)
-    async with create_pool(url, PoolLimits(connections_max=2)) as pool:
-        service = Prices(pool)
+    async with Database(url, DatabaseLimits(connections_max=2)) as database:
+        service = Prices(database)
         for model, customer_class, terms in wanted:
             published = await service.bring_up_to_date(model, customer_class, terms, PUBLISHED_BY)
             typer.echo(f"{model} ({customer_class}): {'unchanged' if published is None else 'published'}")

@@ -17,6 +17,7 @@ from services.billing.ledger.writer import GRANT_PRIORITY, Ledger
 from services.billing.repository import history
 from services.billing.repository import ledger as ledger_repository
 from services.billing.repository import prices as prices_repository
+from services.billing.repository.database import Connection, Database
 from services.billing.repository.history import TransactionRow, UsageRecord
 from shared.errors import InvalidRequest
 from shared.ids import uuid7
@@ -41,16 +42,16 @@ class Author:
 class Billing:
     """One for the life of the process."""
 
-    def __init__(self, pool: asyncpg.Pool, ledger: Ledger) -> None:
-        self._pool = pool
+    def __init__(self, database: Database, ledger: Ledger) -> None:
+        self._database = database
         self._ledger = ledger
 
     async def wallet(self, org_id: UUID) -> WalletView:
         """The organisation's wallet, opened when this is the first look at it."""
-        view = await history.wallet(self._pool, org_id)
+        view = await history.wallet(self._database, org_id)
         if view is None:
             await self._ledger.apply(OpenWallet(org_id))
-            view = await history.wallet(self._pool, org_id)
+            view = await history.wallet(self._database, org_id)
             assert view is not None, "an opened wallet is there"
         return view
 
@@ -66,7 +67,7 @@ class Billing:
     ) -> tuple[list[TransactionRow], int | None]:
         """A page, newest first, and where the next one begins; None at the end."""
         rows = await history.transactions(
-            self._pool, org_id, before_seq=before_seq, kinds=kinds, since=since, until=until, limit=limit + 1
+            self._database, org_id, before_seq=before_seq, kinds=kinds, since=since, until=until, limit=limit + 1
         )
         return rows[:limit], rows[limit - 1].seq if len(rows) > limit else None
 
@@ -74,7 +75,7 @@ class Billing:
         self, org_id: UUID, *, before: tuple[UUID, int] | None, limit: int
     ) -> tuple[list[UsageRecord], tuple[UUID, int] | None]:
         """A page, newest first, and where the next one begins; None at the end."""
-        rows = await history.usage(self._pool, org_id, before=before, limit=limit + 1)
+        rows = await history.usage(self._database, org_id, before=before, limit=limit + 1)
         last = rows[limit - 1] if len(rows) > limit else None
         return rows[:limit], (last.hold_id, last.part) if last else None
 
@@ -102,14 +103,14 @@ class Billing:
 class Prices:
     """What requests cost, and the publication of new prices."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def in_force(self, org_id: UUID | None, plan: str) -> list[Price]:
         """The price that a customer gets for each model now."""
         classes = customer_classes(org_id, plan)
         best: dict[str, Price] = {}
-        for price in await prices_repository.in_force(self._pool, classes):
+        for price in await prices_repository.in_force(self._database, classes):
             rival = best.get(price.model)
             if rival is None or classes.index(price.customer_class) < classes.index(rival.customer_class):
                 best[price.model] = price
@@ -124,7 +125,8 @@ class Prices:
         """
         body = {"model": model, "class": customer_class, "terms": asdict(terms), "from": effective_from}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).digest()
-        async with self._pool.acquire() as connection, connection.transaction():
+
+        async def work(connection: Connection) -> Price:
             now = await ledger_repository.clock(connection)
             price = Price(uuid7(), model, customer_class, terms, effective_from or now)
             result = json.dumps({"id": str(price.id), "valid_from": price.valid_from.isoformat()})
@@ -136,28 +138,33 @@ class Prices:
             if price.valid_from < now:
                 raise InvalidRequest("effective_from lies in the past.", param="effective_from")
             await _insert(connection, price, author.actor)
-        return price
+            return price
+
+        return await self._database.transaction(work)
 
     async def bring_up_to_date(self, model: str, customer_class: str, terms: PriceTerms, actor: str) -> Price | None:
         """Publish, effective now, unless the price in force says the same: then None. Raises PriceOverlap."""
-        async with self._pool.acquire() as connection, connection.transaction():
+
+        async def work(connection: Connection) -> Price | None:
             current = await prices_repository.current(connection, model, customer_class)
             if current is not None and current.terms == terms:
                 return None
             now = await ledger_repository.clock(connection)
             price = Price(uuid7(), model, customer_class, terms, now)
             await _insert(connection, price, actor)
-        return price
+            return price
+
+        return await self._database.transaction(work)
 
 
-async def _insert(connection: ledger_repository.Connection, price: Price, actor: str) -> None:
+async def _insert(connection: Connection, price: Price, actor: str) -> None:
     try:
         await prices_repository.insert(connection, price, actor)
     except asyncpg.ExclusionViolationError as e:
         raise PriceOverlap() from e
 
 
-async def _published(connection: ledger_repository.Connection, author: Author, digest: bytes, price: Price) -> Price:
+async def _published(connection: Connection, author: Author, digest: bytes, price: Price) -> Price:
     remembered = await ledger_repository.find_operation(connection, author.tenant, [author.key])
     assert remembered is not None, "a claimed key is there"
     if remembered.body_sha256 != digest:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-import asyncpg
-
 from services.billing.domain import NANO_PER_CREDIT
 from services.billing.ledger.operations import ExpireGrant, ExpireHold
 from services.billing.ledger.writer import Ledger
 from services.billing.repository import due
+from services.billing.repository.database import Database
 from shared.errors import Conflict, TollgateError
 from shared.telemetry import BillingMetrics, get_logger
 
@@ -21,9 +20,9 @@ class Sweeper:
     """Expires holds and grants whose time is over on the database's clock. Any number of them may run at once."""
 
     def __init__(
-        self, pool: asyncpg.Pool, ledger: Ledger, metrics: BillingMetrics, *, interval_s: float, batch_max: int
+        self, database: Database, ledger: Ledger, metrics: BillingMetrics, *, interval_s: float, batch_max: int
     ) -> None:
-        self._pool = pool
+        self._database = database
         self._ledger = ledger
         self._metrics = metrics
         self._interval_s = interval_s
@@ -38,10 +37,10 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """One pass. How many were due and are done."""
-        holds = await due.expired_holds(self._pool, self._batch_max)
+        holds = await due.expired_holds(self._database, self._batch_max)
         expired = await self._expire(ExpireHold(wallet_id, hold_id) for wallet_id, hold_id in holds)
         self._metrics.holds_expired.inc(expired)
-        grants = await due.expired_grants(self._pool, self._batch_max)
+        grants = await due.expired_grants(self._database, self._batch_max)
         return expired + await self._expire(ExpireGrant(wallet_id, account_id) for wallet_id, account_id in grants)
 
     async def _expire(self, operations: Iterable[ExpireHold | ExpireGrant]) -> int:
@@ -62,14 +61,14 @@ class Sweeper:
 class Gauges:
     """Keeps the figures that are sums over the whole database."""
 
-    def __init__(self, pool: asyncpg.Pool, metrics: BillingMetrics, *, interval_s: float) -> None:
-        self._pool = pool
+    def __init__(self, database: Database, metrics: BillingMetrics, *, interval_s: float) -> None:
+        self._database = database
         self._metrics = metrics
         self._interval_s = interval_s
 
     async def run(self) -> None:
         while True:
-            totals = await due.totals(self._pool)
+            totals = await due.totals(self._database)
             self._metrics.open_holds.set(totals.open_holds)
             self._metrics.credits_held.set(totals.held / NANO_PER_CREDIT)
             self._metrics.wallets_frozen.set(totals.frozen_wallets)

@@ -26,7 +26,7 @@ from services.billing.domain import DEFAULT_CLASS, PriceTerms, Usage, WalletView
 from services.billing.ledger.operations import GrantCredits, Heartbeat, Held, PlaceHold, Settle
 from services.billing.ledger.writer import Writer, WriterLimits
 from services.billing.repository import history
-from services.billing.repository.pool import PoolLimits, create_pool
+from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.repository.verification import Report, verify
 from services.billing.service import Prices
 from services.billing.settings import BillingSettings
@@ -62,14 +62,19 @@ class Ledger:
 
     url: str
     owner_url: str
-    pool: Any
+    database: Database
     writer: Writer
     prices: Prices
     sweeper: Sweeper
     metrics: BillingMetrics
 
+    @property
+    def pool(self) -> Any:
+        """Plain connections of the service's role."""
+        return self.database.pool
+
     async def wallet(self, org_id: UUID) -> WalletView:
-        view = await history.wallet(self.pool, org_id)
+        view = await history.wallet(self.database, org_id)
         assert view is not None
         return view
 
@@ -137,12 +142,12 @@ async def ledger_on(
     """A ledger on a migrated database. `url` is another way to reach it as the service's role."""
     url = url or role_url(owner_url, ROLE)
     metrics = BillingMetrics(CollectorRegistry())
-    async with create_pool(url, PoolLimits(connections_max=8)) as pool:
-        writer = Writer(pool, signup_credits=signup_nano, metrics=metrics, limits=limits)
-        prices = Prices(pool)
+    async with Database(url, DatabaseLimits(connections_max=8)) as database:
+        writer = Writer(database, signup_credits=signup_nano, metrics=metrics, limits=limits)
+        prices = Prices(database)
         await prices.bring_up_to_date(MODEL, DEFAULT_CLASS, TERMS, "test")
-        sweeper = Sweeper(pool, writer, metrics, interval_s=0.05, batch_max=100)
-        yield Ledger(url, owner_url, pool, writer, prices, sweeper, metrics)
+        sweeper = Sweeper(database, writer, metrics, interval_s=0.05, batch_max=100)
+        yield Ledger(url, owner_url, database, writer, prices, sweeper, metrics)
         await writer.close()
 
 

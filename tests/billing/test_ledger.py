@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from services.billing.domain import Usage
-from services.billing.errors import CreditsReserved, HoldNotFound, IdempotencyMismatch, WalletFrozen
+from services.billing.errors import CreditsReserved, HoldNotFound, HoldResolved, IdempotencyMismatch, WalletFrozen
 from services.billing.ledger.operations import (
     ExpireGrant,
     ExpireHold,
@@ -23,6 +23,7 @@ from services.billing.ledger.operations import (
     Void,
     Voided,
 )
+from services.billing.ledger.writer import Writer
 from shared.errors import TollgateError
 from shared.ids import uuid7
 from tests.billing.harness import SIGNUP_NANO, Ledger, grant, heartbeat, place, settle, wait_until
@@ -169,15 +170,17 @@ async def test_settlement_expiry_and_void_race_to_one_resolution(ledger: Ledger)
     await ledger.verified()
 
 
-async def test_two_writers_resolve_a_hold_once(ledger: Ledger) -> None:
-    """Separate connections, without the queue of one process between them."""
+async def test_several_writers_resolve_a_hold_once(ledger: Ledger) -> None:
+    """Nothing but the database stands between them."""
+    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(4)]
     for _ in range(15):
         org_id = uuid4()
         held = await ledger.held(org_id, 100)
         await ledger.expire_now(held.hold_id)
-        rivals = [ledger.writer._attempts(settle(org_id, held.hold_id, 50)) for _ in range(4)]
-        rivals += [ledger.writer._attempts(ExpireHold(org_id, held.hold_id)) for _ in range(4)]
-        await asyncio.gather(*rivals, return_exceptions=True)
+        operations = (settle(org_id, held.hold_id, 50), ExpireHold(org_id, held.hold_id))
+        rivals = [writer.apply(operation) for writer in writers for operation in operations]
+        answers = await asyncio.gather(*rivals, return_exceptions=True)
+        assert all(isinstance(a, Settled | HoldResolved) for a in answers), answers
         wallet = await ledger.wallet(org_id)
         assert (wallet.spent, wallet.held) == (50, 0)
     await ledger.verified()

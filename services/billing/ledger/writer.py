@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
-
-import asyncpg
 
 from services.billing.domain import NANO_PER_CREDIT, customer_classes
 from services.billing.errors import REFUSALS, HoldNotFound, IdempotencyMismatch, LedgerUnavailable
@@ -37,30 +34,14 @@ from services.billing.ledger.operations import (
     result_to_json,
 )
 from services.billing.repository import ledger as repository
-from services.billing.repository.ledger import Connection, Locked, Remembered
+from services.billing.repository.database import Connection, Database
+from services.billing.repository.ledger import Locked, Remembered
 from shared.errors import TollgateError
 from shared.ids import uuid7
-from shared.telemetry import BillingMetrics, get_logger
-
-log = get_logger(__name__)
+from shared.telemetry import BillingMetrics
 
 SIGNUP_SOURCE = "signup"
 GRANT_PRIORITY = 100
-
-TRANSIENT: tuple[type[BaseException], ...] = (
-    asyncpg.SerializationError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.LockNotAvailableError,
-    asyncpg.QueryCanceledError,
-    asyncpg.UniqueViolationError,  # another transaction was first with this key; the next look finds it
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.IdleInTransactionSessionTimeoutError,
-    asyncpg.InterfaceError,
-    TimeoutError,
-    OSError,
-)
 
 
 class Ledger(Protocol):
@@ -75,13 +56,9 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WriterLimits:
-    """Every wait and queue of the writer."""
+    """The writer's queue and its wait, all attempts of an operation together."""
 
-    attempts_max: int = 5
-    backoff_first_s: float = 0.02
-    backoff_max_s: float = 0.5
     operation_timeout_s: float = 15.0
-    acquire_timeout_s: float = 5.0
     operations_in_flight_max: int = 1_000
 
 
@@ -89,9 +66,9 @@ class Writer:
     """The ledger on PostgreSQL, one transaction an operation. `signup_credits` is in nano-credits."""
 
     def __init__(
-        self, pool: asyncpg.Pool, *, signup_credits: int, metrics: BillingMetrics, limits: WriterLimits | None = None
+        self, database: Database, *, signup_credits: int, metrics: BillingMetrics, limits: WriterLimits | None = None
     ) -> None:
-        self._pool = pool
+        self._database = database
         self._signup_credits = signup_credits
         self._metrics = metrics
         self._limits = limits or WriterLimits()
@@ -117,7 +94,7 @@ class Writer:
             async with asyncio.timeout(self._limits.operation_timeout_s):
                 queue = self._queues.setdefault(operation.wallet_id, asyncio.Lock())
                 async with queue:
-                    return await self._attempts(operation)
+                    return await self._durably(operation)
         except TimeoutError as e:
             self._count(operation, LedgerUnavailable.default_code)
             raise LedgerUnavailable(detail="operation_timeout_s is over", retry_after_s=1) from e
@@ -125,29 +102,19 @@ class Writer:
             self._count(operation, e.code)
             raise
 
-    async def _attempts(self, operation: Operation) -> Result:
-        for attempt in range(1, self._limits.attempts_max + 1):
-            try:
-                return await self._once(operation)
-            except TRANSIENT as e:
-                log.warning("operation_interrupted", key=operation.key, attempt=attempt, cause=type(e).__name__)
-                if attempt == self._limits.attempts_max:
-                    raise LedgerUnavailable(detail=type(e).__name__, retry_after_s=1) from e
-            ceiling_s = min(self._limits.backoff_max_s, self._limits.backoff_first_s * 2**attempt)
-            await asyncio.sleep(random.uniform(ceiling_s / 2, ceiling_s))  # noqa: S311 - spreads retries
-        raise AssertionError("attempts_max is at least 1")
-
-    async def _once(self, operation: Operation) -> Result:
-        async with self._pool.acquire(timeout=self._limits.acquire_timeout_s) as connection:
+    async def _durably(self, operation: Operation) -> Result:
+        async def attempt(connection: Connection) -> _Transaction:
             transaction = _Transaction(connection, operation, self._signup_credits)
-            async with connection.transaction():
-                await transaction.run()
-        if transaction.book is not None:
-            self._count_credits(transaction.book.rows)
-        if transaction.refusal is not None:
-            raise transaction.refusal
-        self._count(operation, "replayed" if transaction.replayed else "applied")
-        return transaction.result
+            await transaction.run()
+            return transaction
+
+        committed = await self._database.transaction(attempt)
+        if committed.book is not None:
+            self._count_credits(committed.book.rows)
+        if committed.refusal is not None:
+            raise committed.refusal
+        self._count(operation, "replayed" if committed.replayed else "applied")
+        return committed.result
 
     def _count(self, operation: Operation, result: str) -> None:
         self._metrics.operations.labels(operation.kind, result).inc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-import asyncpg
+from services.billing.repository.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,9 @@ class Totals:
     frozen_wallets: int
 
 
-async def expired_holds(pool: asyncpg.Pool, limit: int) -> list[tuple[UUID, UUID]]:
+async def expired_holds(database: Database, limit: int) -> list[tuple[UUID, UUID]]:
     """(wallet, hold), the longest expired first."""
-    rows = await pool.fetch(
+    rows = await database.fetch(
         """SELECT wallet_id, hold_id FROM billing.open_hold
         WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT $1""",
         limit,
@@ -27,9 +27,9 @@ async def expired_holds(pool: asyncpg.Pool, limit: int) -> list[tuple[UUID, UUID
     return [(row[0], row[1]) for row in rows]
 
 
-async def expired_grants(pool: asyncpg.Pool, limit: int) -> list[tuple[UUID, UUID]]:
+async def expired_grants(database: Database, limit: int) -> list[tuple[UUID, UUID]]:
     """(wallet, grant's account), the longest expired first."""
-    rows = await pool.fetch(
+    rows = await database.fetch(
         """SELECT wallet_id, account_id FROM billing.expiring_grant
         WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT $1""",
         limit,
@@ -37,8 +37,8 @@ async def expired_grants(pool: asyncpg.Pool, limit: int) -> list[tuple[UUID, UUI
     return [(row[0], row[1]) for row in rows]
 
 
-async def totals(pool: asyncpg.Pool) -> Totals:
-    row = await pool.fetchrow(
+async def totals(database: Database) -> Totals:
+    row = await database.fetchrow(
         """SELECT count(*), coalesce(sum(h.amount), 0)::int8,
             (SELECT count(*) FROM billing.wallet WHERE frozen_at IS NOT NULL)
         FROM billing.open_hold o JOIN billing.hold h ON h.id = o.hold_id"""

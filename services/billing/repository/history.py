@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-import asyncpg
-
 from services.billing.domain import WalletView
+from services.billing.repository.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +52,9 @@ class UsageRecord:
     created_at: datetime
 
 
-async def wallet(pool: asyncpg.Pool, org_id: UUID) -> WalletView | None:
+async def wallet(database: Database, org_id: UUID) -> WalletView | None:
     """The sums of a wallet now; None when it was never opened."""
-    row = await pool.fetchrow(
+    row = await database.fetchrow(
         """SELECT
             coalesce(sum(a.credits_posted - a.debits_posted) FILTER (WHERE a.limited), 0)::int8 AS balance,
             coalesce(sum(a.debits_pending) FILTER (WHERE a.limited), 0)::int8 AS held,
@@ -75,7 +74,7 @@ async def wallet(pool: asyncpg.Pool, org_id: UUID) -> WalletView | None:
 
 
 async def transactions(
-    pool: asyncpg.Pool,
+    database: Database,
     org_id: UUID,
     *,
     before_seq: int | None,
@@ -85,7 +84,7 @@ async def transactions(
     limit: int,
 ) -> list[TransactionRow]:
     """Newest first. `since` is included, `until` is not."""
-    rows = await pool.fetch(
+    rows = await database.fetch(
         """SELECT t.wallet_seq, t.id, t.code, t.amount, t.balance_after, t.hold_id, t.booked_at, t.effective_at,
             h.model, u.build, u.input_tokens, u.cached_input_tokens, u.output_tokens, g.reason, g.expires_at
         FROM billing.transfer t
@@ -108,10 +107,10 @@ async def transactions(
     return [TransactionRow(*row) for row in rows]
 
 
-async def usage(pool: asyncpg.Pool, org_id: UUID, *, before: tuple[UUID, int] | None, limit: int) -> list[UsageRecord]:
+async def usage(database: Database, org_id: UUID, *, before: tuple[UUID, int] | None, limit: int) -> list[UsageRecord]:
     """Newest requests first, by the time at which their hold was made."""
     hold_id, part = before or (None, None)
-    rows = await pool.fetch(
+    rows = await database.fetch(
         """SELECT hold_id, part, user_id, key_id, model, build, price_id, input_tokens, cached_input_tokens,
             output_tokens, cost, finish_reason, duration_ms, request_id, created_at
         FROM billing.usage

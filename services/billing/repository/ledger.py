@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
-
-import asyncpg
 
 from services.billing.domain import Price, PriceTerms, Usage
 from services.billing.ledger.book import (
@@ -23,9 +21,8 @@ from services.billing.ledger.book import (
     Transfer,
     UsageRow,
 )
+from services.billing.repository.database import Connection
 from shared.ids import uuid7
-
-Connection: TypeAlias = asyncpg.Connection
 
 
 @dataclass(frozen=True, slots=True)

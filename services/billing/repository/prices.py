@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import asyncpg
-
 from services.billing.domain import Price, PriceTerms
-from services.billing.repository.ledger import Connection
+from services.billing.repository.database import Connection, Database
 
 _COLUMNS = """p.id, t.model, t.customer_class, p.per_request, p.input, p.cached_input, p.output,
     lower(p.validity), upper(p.validity)"""
 
 
-async def in_force(pool: asyncpg.Pool, classes: Sequence[str]) -> list[Price]:
+async def in_force(database: Database, classes: Sequence[str]) -> list[Price]:
     """Every version of these customer classes in force now."""
-    rows = await pool.fetch(
+    rows = await database.fetch(
         f"""SELECT {_COLUMNS} FROM billing.tariff t JOIN billing.price p ON p.tariff_id = t.id
         WHERE t.customer_class = ANY($1) AND p.validity @> clock_timestamp()
         ORDER BY t.model, t.customer_class""",  # noqa: S608 - a constant

@@ -155,17 +155,22 @@ class Report:
 
 
 async def verify(url: str) -> Report:
-    """Run every check on one snapshot, as the service's own role; reads only."""
+    """Examine one snapshot, as the service's own role; reads only."""
     connection = await asyncpg.connect(dsn(url), timeout=10)
     try:
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             await connection.execute(f"SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}")
-            totals = await connection.fetchrow(_TOTALS)
-            differences = []
-            for name, query in CHECKS.items():
-                rows = await connection.fetch(f"{query} LIMIT {SAMPLES_MAX}")
-                differences += [Difference(name, row[0], row[1]) for row in rows]
-            wallets, transfers, holds, open_holds, granted, spent = map(int, totals)
-            return Report(wallets, transfers, holds, open_holds, granted, spent, len(CHECKS), tuple(differences))
+            return await examine(connection)
     finally:
         await connection.close()
+
+
+async def examine(connection: asyncpg.Connection) -> Report:
+    """Run every check in the connection's transaction."""
+    totals = await connection.fetchrow(_TOTALS)
+    differences = []
+    for name, query in CHECKS.items():
+        rows = await connection.fetch(f"{query} LIMIT {SAMPLES_MAX}")
+        differences += [Difference(name, row[0], row[1]) for row in rows]
+    wallets, transfers, holds, open_holds, granted, spent = map(int, totals)
+    return Report(wallets, transfers, holds, open_holds, granted, spent, len(CHECKS), tuple(differences))

@@ -1,0 +1,75 @@
+"""`verify` finds what does not add up, and says nothing otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+import pytest
+from typer.testing import CliRunner
+
+from services.billing.cli import app
+from services.billing.repository.verification import CHECKS, examine
+from tests.billing.harness import Ledger, owner, place, settle
+
+# Each as somebody would do it who can switch the guards off; and the check that must notice.
+TAMPERING = {
+    "transfers are numbered without a gap": "UPDATE billing.wallet SET seq = seq + 1",
+    "accounts equal their transfers": "UPDATE billing.account SET credits_posted = credits_posted + 7 WHERE limited",
+    "debits equal credits": "UPDATE billing.account SET debits_posted = debits_posted + 1 WHERE kind = 'revenue'",
+    "what is pending equals the slices of open holds": "UPDATE billing.account SET debits_pending = 0",
+    "transfers stay within their wallet": "UPDATE billing.transfer SET wallet_id = gen_random_uuid()",
+    "balances follow from the transfers": "UPDATE billing.transfer SET balance_after = balance_after + 1",
+    "transfers belong to operations that were applied": "UPDATE billing.op SET refusal = 'insufficient_quota'",
+    "holds are covered by their slices": "DELETE FROM billing.hold_slice",
+    "holds cost what their price says": "UPDATE billing.hold SET output_tokens = output_tokens + 1",
+    "holds are open or resolved": "DELETE FROM billing.open_hold",
+    "usage costs what its price says": "UPDATE billing.price SET output = output + 1000000",
+    "usage is paid or owed": "UPDATE billing.usage SET cost = cost + 1",
+    "resolutions say what was taken": "UPDATE billing.hold_resolution SET amount = amount + 1",
+    "who owes has nothing available": (
+        "UPDATE billing.account SET debits_posted = credits_posted + 5 WHERE kind = 'receivable'"
+    ),
+}
+
+
+async def some_history(ledger: Ledger, org_id: UUID) -> None:
+    held = await ledger.held(org_id, 300)
+    await ledger.writer.apply(settle(org_id, held.hold_id, 120))
+    await ledger.writer.apply(place(org_id, 40))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+async def test_every_check_notices_what_it_is_for(ledger: Ledger, org_id: UUID, check: str) -> None:
+    await some_history(ledger, org_id)
+    await ledger.verified()
+    connection = await owner(ledger.owner_url)
+    tampering = connection.transaction()
+    await tampering.start()
+    try:
+        for table in ("wallet", "account", "transfer", "op", "hold", "hold_slice", "hold_resolution", "usage", "price"):
+            await connection.execute(f"ALTER TABLE billing.{table} DISABLE TRIGGER USER")
+        await connection.execute("ALTER TABLE billing.transfer DROP CONSTRAINT fk_transfer_wallet_id")
+        await connection.execute(TAMPERING[check])
+        report = await examine(connection)
+    finally:
+        await tampering.rollback()
+        await connection.close()
+    assert not report.is_clean
+    assert check in {d.check for d in report.differences}
+    assert any("DIFFERS" in line and check in line for line in report.lines())
+
+
+async def test_the_command_exits_1_when_something_differs_and_0_otherwise(
+    ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await some_history(ledger, org_id)
+    monkeypatch.setenv("TOLLGATE_BILLING_DATABASE_URL", ledger.url)
+    run = CliRunner().invoke
+    clean = await asyncio.to_thread(run, app, ["verify"])
+    assert (clean.exit_code, "no difference" in clean.output) == (0, True)
+    await ledger.pool.execute("UPDATE billing.wallet SET seq = seq + 1 WHERE id = $1", org_id)
+    broken = await asyncio.to_thread(run, app, ["verify"])
+    await ledger.pool.execute("UPDATE billing.wallet SET seq = seq - 1 WHERE id = $1", org_id)
+    assert broken.exit_code == 1
+    assert f"DIFFERS  transfers are numbered without a gap: wallet {org_id}" in broken.output

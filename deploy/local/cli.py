@@ -1,6 +1,7 @@
 """The commands behind the Makefile, run in `.venv`: up, down, status, logs, reset."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.local import bootstrap, logs, status
+from deploy.local import bootstrap, logs, processes, status
 from deploy.local.errors import LaunchError
 from deploy.local.progress import terminal
 from deploy.local.seed import Keys
@@ -124,7 +125,10 @@ def show_status(layout: Layout, options: argparse.Namespace) -> int:
     """Print the table; 1 when anything is not healthy."""
     port = kept_gateway_port(layout)
     if port is None or not Supervisor(layout).is_running():
+        orphans = processes.of_stack(layout.stack_id)
         print(f"No stack runs in {layout.state}. `make up` starts one.")
+        if orphans:
+            print(f"{len(orphans)} of its processes outlived their supervisor: `make up` or `make down` ends them.")
         return 1
     stack = Stack(layout, port, os.environ)
     lines = status.rows(stack.supervisor, tuple(stack.programs().values()))
@@ -142,7 +146,8 @@ def show_logs(layout: Layout, options: argparse.Namespace) -> int:
         raise LaunchError(f"There are no logs in {layout.log}.")
     logs.show(layout, names, LOG_LINES if options.program else LOG_LINES // 10, sys.stdout)
     if options.follow:
-        logs.follow(layout, names, sys.stdout)
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            logs.follow(layout, names, sys.stdout)
     return 0
 
 

@@ -82,10 +82,10 @@ class Postgres:
             signal_group=False,
         )
 
-    def initialise(self) -> None:
-        """Make the cluster when there is none. Raises LaunchError with initdb's own words when that fails."""
+    def initialise(self) -> bool:
+        """Make the cluster when there is none; whether it did. Raises LaunchError with initdb's own words."""
         if (self.data / "PG_VERSION").exists():
-            return
+            return False
         home = self.data.parent
         fresh = home / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -118,6 +118,7 @@ class Postgres:
             password.unlink(missing_ok=True)
         # Only a cluster that initdb finished gets the name that PG_VERSION is looked for under.
         fresh.rename(self.data)
+        return True
 
     def _as_owner(self, program: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         executable = binaries() / program

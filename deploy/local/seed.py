@@ -38,6 +38,11 @@ class Seed:
         self._stamps = layout.state / "seeded.json"
         self._keys = layout.state / "keys.json"
 
+    def forget(self) -> None:
+        """The database is new: everything has to be done again."""
+        self._stamps.unlink(missing_ok=True)
+        self._keys.unlink(missing_ok=True)
+
     def migrate(self) -> None:
         """Bring every schema to the head of its migrations. Raises LaunchError with the command's last lines."""
         owners = migrated_services(self._layout.root)

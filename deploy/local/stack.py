@@ -89,7 +89,8 @@ class Stack:
         with progress.step(programs["postgres"].title):
             if not self.supervisor.is_running():
                 stop_everything(self.layout)
-                self.postgres.initialise()
+                if self.postgres.initialise():
+                    self.seed.forget()
                 self.valkey.initialise()
                 self.supervisor.launch(programs.values(), processes.marker(self.layout.stack_id))
             began = self._start("postgres", "valkey", "triton")

@@ -29,7 +29,6 @@ PORT_NAMES = (
     "triton_grpc",
     "triton_metrics",
     "auth_http",
-    "auth_grpc",
     "billing_http",
     "billing_grpc",
     "chat_http",

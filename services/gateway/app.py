@@ -18,13 +18,12 @@ from services.gateway.pages import Pages
 from services.gateway.relay import Relay, create_session, reach
 from services.gateway.repository import KeyRepository
 from services.gateway.settings import GatewaySettings
-from services.gateway.tasks import Heartbeat, KeyAnnouncements, refresh_key_set, renew_leases
+from services.gateway.tasks import Heartbeat, refresh_key_set, renew_leases
 from services.gateway.tokens import AccessTokens, JsonWebKeySet
 from services.gateway.upstreams import RouteTable, Upstream, create_upstreams
 from services.gateway.usage import UsageEvents
 from services.gateway.watch import Timeouts
 from shared.apikeys import Peppers
-from shared.cache import create_redis
 from shared.clock import SystemClock
 from shared.identity import IdentityRing
 from shared.limits import LocalLimiter, RedisLimiter, RedisLink
@@ -60,6 +59,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         )
     )
     keys = _keys(settings, floor, repository)
+    await stack.enter_async_context(floor.link)  # after everything that subscribes
     key_set = JsonWebKeySet(floor.session, floor.upstreams["auth"], floor.clock)
     limiter = RedisLimiter(floor.link, lease_ttl_s=settings.gateway_lease_ttl_s)
     admission = Admission(
@@ -73,10 +73,6 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         anonymous_limits=settings.anonymous_limits,
     )
     usage = UsageEvents(floor.link, floor.metrics, queue_max=settings.gateway_usage_queue_max)
-    redis = create_redis(settings.redis_url.get_secret_value(), client_name=f"{SERVICE}-keys", timeout_ms=2_000)
-    stack.push_async_callback(redis.aclose)
-    announcements = KeyAnnouncements(redis, keys, floor.clock)
-    keys.announced = announcements.alive
     heartbeat = Heartbeat(
         floor.link,
         admission,
@@ -92,7 +88,6 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
             HttpServer(InternalPages(pages, floor.registry), settings.gateway_internal_listen),
         ],
         tasks={
-            "key-announcements": announcements.run,
             "heartbeat": heartbeat.run,
             "leases": lambda: renew_leases(limiter, settings.gateway_lease_ttl_s / 3),
             "jwks": lambda: refresh_key_set(key_set, settings.gateway_jwks_interval_s),
@@ -104,13 +99,11 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
 async def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
     clock = SystemClock()
     registry = new_registry()
-    link = await stack.enter_async_context(
-        RedisLink(
-            settings.redis_url.get_secret_value(),
-            client_name=SERVICE,
-            timeout_ms=settings.gateway_redis_timeout_ms,
-            pending_max=settings.gateway_redis_pending_max,
-        )
+    link = RedisLink(
+        settings.redis_url.get_secret_value(),
+        client_name=SERVICE,
+        timeout_ms=settings.gateway_redis_timeout_ms,
+        pending_max=settings.gateway_redis_pending_max,
     )
     session = await stack.enter_async_context(create_session(settings.gateway_connect_timeout_ms))
     urls = {

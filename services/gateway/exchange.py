@@ -78,10 +78,12 @@ class Exchange:
             self.bytes_in += len(message.get("body", b""))
         return message
 
-    async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    async def start(
+        self, status: int, headers: Iterable[tuple[bytes, bytes]], policy: tuple[bytes, bytes] = STRICT_POLICY
+    ) -> None:
         """Begin the response; the request id, the security headers and the limits' headers are added here."""
         self.status = status
-        own = [*headers, (b"x-request-id", self.request_id.encode()), *SECURITY_HEADERS]
+        own = [*headers, (b"x-request-id", self.request_id.encode()), policy, *SECURITY_HEADERS]
         own += [(k.encode("latin-1"), v.encode("latin-1")) for k, v in self.extra_headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": own})
 
@@ -92,10 +94,12 @@ class Exchange:
             self.complete = True
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
-    async def respond(self, status: int, headers: RawHeaders, data: bytes) -> None:
+    async def respond(
+        self, status: int, headers: RawHeaders, data: bytes, policy: tuple[bytes, bytes] = STRICT_POLICY
+    ) -> None:
         """A whole response."""
         length = (b"content-length", str(len(data)).encode())
-        await self.start(status, [*headers, length])
+        await self.start(status, [*headers, length], policy)
         await self.body(b"" if self.method == "HEAD" else data, more=False)
 
     async def fail(self, error: TollgateError) -> None:
@@ -103,4 +107,4 @@ class Exchange:
         status, headers, data = errors.render(error, path=self.path, request_id=self.request_id)
         self.extra_headers = {}
         raw = [(k.encode("latin-1"), v.encode("latin-1", "replace")) for k, v in headers.items() if k != "x-request-id"]
-        await self.respond(status, [*raw, (b"cache-control", b"no-store"), STRICT_POLICY], data)
+        await self.respond(status, [*raw, (b"cache-control", b"no-store")], data)

@@ -4,14 +4,13 @@
 
 A record from a cache is only a guess about its organisation and version: the admission script wants the same version
 in Redis, and where it finds another or none, `refresh` asks PostgreSQL. So a revoked key fails on its next request,
-and an emptied Redis lets nothing through. Fills never overwrite a higher version. While Redis is away, or the link
-that announces changes is, the process cache is not used.
+and an emptied Redis lets nothing through. Fills never overwrite a higher version. Changes are also announced over the
+link to Redis and purge the process cache; while that link is down, the cache is not used, and afterwards it is empty.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +67,7 @@ class KeyStore:
         self._misses = LocalLimiter(clock)
         self._miss_limits = Limits(minute=unknown_per_minute, hour=60 * unknown_per_minute)
         self._flights: dict[str, asyncio.Task[KeyRecord | None]] = {}
-        self.announced: Callable[[], bool] = lambda: False
+        link.subscribe(apikeys.CHANNEL, self._announced, self._records.clear)
 
     async def find(self, secret: str, address: str) -> Found:
         """The record of a key that is active and not expired.
@@ -101,9 +100,8 @@ class KeyStore:
         self._records.remove(digest)
         self._unknown.remove(digest)
 
-    def purge_all(self) -> None:
-        """Forget every record: announcements may have been missed."""
-        self._records.clear()
+    def _announced(self, message: bytes) -> None:
+        self.purge(message.decode("ascii", "replace"))
 
     def _usable(self, record: KeyRecord) -> KeyRecord:
         if not record.is_usable(self._clock.now()):
@@ -111,7 +109,7 @@ class KeyStore:
         return record
 
     def _from_process(self, digests: list[str]) -> KeyRecord | None:
-        if not (self._link.up and self.announced()):
+        if not self._link.up:
             return None
         for digest in digests:
             if (record := self._records.get(digest)) is not None:

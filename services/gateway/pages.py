@@ -98,16 +98,16 @@ class Pages:
         await exchange.respond(200, [JSON, NO_STORE], await self._openapi.document())
 
     async def _docs(self, exchange: Exchange) -> None:
-        headers: RawHeaders = [(b"content-type", b"text/html; charset=utf-8"), NO_STORE, PAGE_POLICY]
-        await exchange.respond(200, headers, PAGE)
+        headers: RawHeaders = [(b"content-type", b"text/html; charset=utf-8"), NO_STORE]
+        await exchange.respond(200, headers, PAGE, PAGE_POLICY)
 
     async def _asset(self, exchange: Exchange) -> None:
         asset = self._assets.get(exchange.path.removeprefix("/docs/"))
         if asset is None:
             raise NotFound()
         kind, data = asset
-        headers = [(b"content-type", kind), (b"cache-control", b"public, max-age=86400"), PAGE_POLICY]
-        await exchange.respond(200, headers, data)
+        headers = [(b"content-type", kind), (b"cache-control", b"public, max-age=86400")]
+        await exchange.respond(200, headers, data, PAGE_POLICY)
 
 
 def _load_assets() -> dict[str, tuple[bytes, bytes]]:

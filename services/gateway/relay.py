@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from services.gateway.errors import ClientGone, RequestTimeout, ResponseBroken
-from services.gateway.exchange import STRICT_POLICY, Exchange, RawHeaders
+from services.gateway.exchange import Exchange, RawHeaders
 from services.gateway.upstreams import Replica, Upstream
 from services.gateway.watch import Stopped, Timeouts, Watch
 from shared.errors import BadGateway, PayloadTooLarge, Timeout, TollgateError, Unavailable
@@ -284,7 +284,6 @@ def _response_headers(response: aiohttp.ClientResponse, *, limited: bool) -> Raw
         headers.append((lower, value))
     if not has_policy:
         headers.append((b"cache-control", b"no-store"))
-    headers.append(STRICT_POLICY)
     return headers
 
 

@@ -1,4 +1,4 @@
-"""What runs beside the requests: announcements of changed keys, the heartbeat, the leases, the key set."""
+"""What runs beside the requests: the heartbeat, the leases, the key set."""
 
 from __future__ import annotations
 
@@ -7,15 +7,8 @@ import contextlib
 import secrets
 from pathlib import Path
 
-from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
-
 from services.gateway.admission import Admission
-from services.gateway.keys import KeyStore
 from services.gateway.tokens import JsonWebKeySet, KeySetUnavailable
-from shared import apikeys
-from shared.clock import Clock
 from shared.limits import RedisLimiter, RedisLink, RedisUnavailable, Script
 from shared.telemetry import GatewayMetrics, get_logger
 
@@ -23,62 +16,6 @@ log = get_logger(__name__)
 
 HEARTBEAT = Path(__file__).parent / "heartbeat.lua"
 GATEWAYS = "tollgate:gateways"
-RECONNECT_PAUSE_S = 0.5
-DIGEST_CHARS = 64
-
-
-class KeyAnnouncements:
-    """Hears of changed keys by pub/sub and purges them. `alive` is False from the moment that the link is in doubt."""
-
-    def __init__(
-        self, redis: Redis, keys: KeyStore, clock: Clock, *, ping_interval_s: float = 1, silence_max_s: float = 3
-    ) -> None:
-        self._redis = redis
-        self._keys = keys
-        self._clock = clock
-        self._ping_interval_s = ping_interval_s
-        self._silence_max_s = silence_max_s
-        self._subscribed = False
-        self._heard_at_s = float("-inf")
-
-    def alive(self) -> bool:
-        """Whether an announcement made now would be heard."""
-        return self._subscribed and self._clock.monotonic_s() - self._heard_at_s < self._silence_max_s
-
-    async def run(self) -> None:
-        """Listen for ever; connects again after every loss."""
-        while True:
-            try:
-                async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(apikeys.CHANNEL)
-                    await self._listen(pubsub)
-            except (RedisError, OSError, TimeoutError) as e:
-                if self._subscribed:
-                    log.warning("key_announcements_lost", detail=type(e).__name__)
-            finally:
-                self._subscribed = False
-            await asyncio.sleep(RECONNECT_PAUSE_S)
-
-    async def _listen(self, pubsub: PubSub) -> None:
-        self._heard_at_s = pinged_at_s = self._clock.monotonic_s()
-        while self._clock.monotonic_s() - self._heard_at_s < self._silence_max_s:
-            if self._clock.monotonic_s() - pinged_at_s >= self._ping_interval_s:
-                pinged_at_s = self._clock.monotonic_s()
-                await pubsub.ping()
-            message = await pubsub.get_message(timeout=self._ping_interval_s)
-            if message is None:
-                continue
-            self._heard_at_s = self._clock.monotonic_s()
-            if message["type"] == "subscribe":
-                self._keys.purge_all()  # what was announced before is not heard any more
-                self._subscribed = True
-            elif message["type"] == "message":
-                self._purge(message["data"])
-        log.warning("key_announcements_silent")
-
-    def _purge(self, data: bytes) -> None:
-        if len(data) == DIGEST_CHARS:
-            self._keys.purge(data.decode("ascii", "replace"))
 
 
 class Heartbeat:

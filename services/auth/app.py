@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from services.auth import tasks
 from services.auth.clients import KeyChannel, UsageStream
+from services.auth.errors import SigningKeyUnreadable
 from services.auth.routes import admin, jwks, keys, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
@@ -40,7 +41,10 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
     """The service for the runtime."""
     clock = SystemClock()
     registry = new_registry()
-    services = await compose(settings, stack, readiness, clock=clock, registry=registry)
+    try:
+        services = await compose(settings, stack, readiness, clock=clock, registry=registry)
+    except SigningKeyUnreadable as e:
+        raise SystemExit(f"auth: {e.message}") from None
     return Service(
         http=[HttpServer(create_app(settings, services, readiness, clock, registry), settings.auth_http_listen)],
         tasks={

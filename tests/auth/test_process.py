@@ -218,6 +218,15 @@ def test_the_process_serves_and_logs_no_secret(migrated: dict[str, str], tmp_pat
         assert secret not in metrics
 
 
+def test_with_another_secret_key_it_says_so_and_does_not_start(migrated: dict[str, str]) -> None:
+    bootstrap(migrated, "first.of.all")  # makes the signing key
+    other = base64.b64encode(b"o" * 32).decode()
+    done = command({**migrated, "TOLLGATE_AUTH_SECRET_KEY": other})
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("auth: TOLLGATE_AUTH_SECRET_KEY does not open")
+    assert other not in done.stderr
+
+
 def test_after_a_restart_the_same_key_signs(migrated: dict[str, str], tmp_path: Path) -> None:
     kids = []
     for run in range(2):

@@ -57,7 +57,7 @@ class MeteringLimits:
     hold_ttl_ms: int = 30_000
     hold_life_max_s: float = 3_600.0
     call_timeout_s: float = 2.0
-    hold_attempts_max: int = 3
+    hold_timeout_s: float = 4.0
     settle_wait_s: float = 5.0
     resolution_timeout_s: float = 300.0
     resolutions_pending_max: int = 10_000
@@ -180,23 +180,20 @@ class Metering:
         return await self._caller.call(method, request, timeout_s=self.limits.call_timeout_s)
 
     async def place(self, request: pb.HoldRequest) -> pb.HoldReply:
-        """Ask for a hold, again with the same id when the answer was lost."""
-        for attempt in range(1, self.limits.hold_attempts_max + 1):
-            try:
-                reply: pb.HoldReply = await self.call(self._stub.Hold, request)
-            except TRANSIENT as e:
-                if attempt == self.limits.hold_attempts_max:
-                    self.start(self._forget(request))
-                    raise Unavailable(
-                        "Billing is not available right now. Retry.", code="billing_unavailable", retry_after_s=1
-                    ) from e
-                await asyncio.sleep(self._backoff_s(attempt))
-            except asyncio.CancelledError:
-                self.start(self._forget(request))
-                raise
-            else:
-                return reply
-        raise AssertionError("hold_attempts_max is at least 1")
+        """Ask for a hold, again with the same id while the ledger is away, for at most `hold_timeout_s`."""
+        try:
+            reply: pb.HoldReply = await self._until_answered(
+                self._stub.Hold, request, time.monotonic() + self.limits.hold_timeout_s
+            )
+        except TRANSIENT as e:
+            self.start(self._forget(request))
+            raise Unavailable(
+                "Billing is not available right now. Retry.", code="billing_unavailable", retry_after_s=1
+            ) from e
+        except asyncio.CancelledError:
+            self.start(self._forget(request))
+            raise
+        return reply
 
     async def beat(self, request: pb.HeartbeatRequest) -> None:
         """One heartbeat; one that fails is followed by the next."""
@@ -226,23 +223,26 @@ class Metering:
 
     async def _resolve(self, method: Any, request: Any, hold_id: str) -> Any:
         """Call until it is answered, the time is over, or the ledger refuses. None but for an answer."""
-        deadline_s = time.monotonic() + self.limits.resolution_timeout_s
+        try:
+            return await self._until_answered(method, request, time.monotonic() + self.limits.resolution_timeout_s)
+        except TollgateError as e:
+            self.given_up(hold_id, e.code)
+            return None
+        except asyncio.CancelledError:
+            self.given_up(hold_id, "closed")
+            raise
+
+    async def _until_answered(self, method: Any, request: Any, deadline_s: float) -> Any:
+        """Call again while the ledger is away. Raises its refusal, or the last failure once the time is over."""
         attempt = 0
         while True:
             attempt += 1
             try:
                 return await self.call(method, request)
-            except TRANSIENT as e:
+            except TRANSIENT:
                 pause_s = self._backoff_s(attempt)
                 if time.monotonic() + pause_s > deadline_s:
-                    self.given_up(hold_id, e.code)
-                    return None
-            except TollgateError as e:
-                self.given_up(hold_id, e.code)
-                return None
-            except asyncio.CancelledError:
-                self.given_up(hold_id, "closed")
-                raise
+                    raise
             await asyncio.sleep(pause_s)
 
     async def _forget(self, request: pb.HoldRequest) -> None:

@@ -222,9 +222,8 @@ def service_process(owner_url: str, http_port: int, grpc_port: int) -> Iterator[
         "TOLLGATE_BILLING_SWEEP_INTERVAL_S": "0.1",
         "TOLLGATE_LOG_LEVEL": "ERROR",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.billing"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-    )
+    # Its errors come out with those of a test that fails.
+    process = subprocess.Popen([sys.executable, "-m", "services.billing"], cwd=ROOT, env=environment)
     try:
         yield process
     finally:

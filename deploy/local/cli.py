@@ -80,7 +80,7 @@ def up(layout: Layout, options: argparse.Namespace) -> int:
             except BaseException as error:
                 _abandon(layout, interrupted=isinstance(error, KeyboardInterrupt))
                 raise
-    print(_welcome(stack, keys))
+    progress.say(_welcome(stack, keys))
     return 0
 
 

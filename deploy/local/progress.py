@@ -1,5 +1,6 @@
 """The lines that `make up` shows: `[ 3/14] PostgreSQL 18 ........... ready   1.2 s`."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,9 +36,15 @@ class Progress:
         self._write(f"{head} {outcome:<7} {time.monotonic() - began:5.1f} s\n")
 
     def _write(self, text: str) -> None:
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             self._stream.write(text)
             self._stream.flush()
+        except BrokenPipeError:
+            # Nobody reads on (`make up | head`); that is no reason to stop, nor for Python to complain at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = None
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -23,6 +23,7 @@ class CatalogueClient:
         self._stub = CatalogueStub(caller.channel)
         self._last: Catalogue | None = None
         self._refreshed_s = float("-inf")
+        self._unready_s: dict[str, float] = {}
 
     @property
     def last(self) -> Catalogue:
@@ -41,6 +42,13 @@ class CatalogueClient:
         reply = await self._caller.call(self._stub.List, pb.ListRequest(), timeout_s=LIST_TIMEOUT_S)
         self._last = Catalogue({m.alias: _model(m) for m in reply.models}, reply.revision)
         self._refreshed_s = time.monotonic()
+        builds = [b for m in self._last.models.values() for b in m.builds.values()]
+        self._unready_s = {b.name: self._unready_s.get(b.name, float("-inf")) for b in builds}
+        self._unready_s.update((b.name, self._refreshed_s) for b in builds if not b.is_ready)
+
+    def was_lost(self, build: str, since_s: float) -> bool:
+        """Whether a build was not ready at a refresh after `since_s` (time.monotonic), or is not listed any more."""
+        return self._unready_s.get(build, float("inf")) > since_s
 
 
 def _model(message: pb.Model) -> Model:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -115,7 +115,8 @@ class ChatService:
         with self._slot(), _Watch(self._metrics, model.alias) as watch:
             build = self._build(model, caller)
             watch.build = build.name
-            prompt_tokens = await self._triton.count(build, request)
+            lost = self._loss_of(build)
+            prompt_tokens = await self._triton.count(build, request, lost=lost)
             budget = output_budget(
                 request.max_tokens,
                 default=self.limits.max_tokens_default,
@@ -130,7 +131,9 @@ class ChatService:
                 clamp=request.max_tokens is None,
             ) as hold:
                 hold.build = build.name
-                generation = self._triton.chat(build, request, max_tokens=hold.output_tokens, tenant=caller.org_id)
+                generation = self._triton.chat(
+                    build, request, max_tokens=hold.output_tokens, tenant=caller.org_id, lost=lost
+                )
                 async with generation as chunks:
                     async for chunk in chunks:
                         hold.record(chunk.usage)
@@ -156,6 +159,11 @@ class ChatService:
         if build is None:
             raise model_loading(model.alias)
         return build
+
+    def _loss_of(self, build: Build) -> Callable[[], bool]:
+        """Whether the build has been out of service since now."""
+        now_s = time.monotonic()
+        return lambda: self._catalogue.was_lost(build.name, now_s)
 
     async def _settle(self, hold: Hold, build: Build, finish_reason: str) -> Receipt:
         settled = await hold.settle(build=build.name, finish_reason=finish_reason)

@@ -6,14 +6,15 @@ client wraps every chunk in numpy arrays; its protobufs alone are enough, and co
 
 Failure modes. An engine error arrives as a reply's `error_message`, JSON {"code", "message"}; any other text there is
 Triton's own (model not loaded, stub unhealthy). A server that dies breaks the call: UNAVAILABLE. A stub that dies
-leaves the stream silent for ever: hence a time limit on every chunk. A stream that ends without a finish_reason failed.
+leaves the stream silent for ever: hence a limit on every silence, and a far shorter one once the catalogue says that
+the build was lost meanwhile. A stream that ends without a finish_reason failed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
 DEADLINE_MARGIN_S = 5.0  # the engine's own deadline comes first, with a better error
 LENGTH_PREFIX = struct.Struct("<I")
+LOOK_INTERVAL_S = 0.25  # how often a silence is looked at, so how late its end is noticed
+SUSPICIOUS_SILENCE_S = 1.0
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -39,6 +42,10 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+
+
+Lost = Callable[[], bool]
+"""Whether the build was out of service at any time since the call began."""
 
 
 class Chunk(NamedTuple):
@@ -56,20 +63,20 @@ class TritonClient:
         self._limits = limits
         self._channels: dict[str, aio.Channel] = {}
 
-    async def count(self, build: Build, request: ChatRequest) -> int:
+    async def count(self, build: Build, request: ChatRequest, *, lost: Lost) -> int:
         """Tokens of the prompt, as this build's template renders it. Raises TollgateError."""
         body = {"op": "count", "messages": _messages(request)}
         timeout_s = self._limits.count_timeout_s
-        async with _Call(self._open(build, body, "", timeout_s), timeout_s, timeout_s) as replies:
+        async with _Call(self._open(build, body, "", timeout_s), timeout_s, timeout_s, lost) as replies:
             async for content in replies:
                 return int(orjson.loads(content)["prompt_tokens"])
         raise engine_failed("no answer to a count")
 
-    def chat(self, build: Build, request: ChatRequest, *, max_tokens: int, tenant: str) -> Generation:
+    def chat(self, build: Build, request: ChatRequest, *, max_tokens: int, tenant: str, lost: Lost) -> Generation:
         """Start generating at most `max_tokens`. Use the result as an async context manager and iterator."""
         limits = self._limits
         call = self._open(build, _body(request, max_tokens), tenant, limits.generation_timeout_s)
-        return Generation(_Call(call, limits.first_chunk_timeout_s, limits.chunk_timeout_s))
+        return Generation(_Call(call, limits.first_chunk_timeout_s, limits.chunk_timeout_s, lost))
 
     async def close(self) -> None:
         for channel in self._channels.values():
@@ -118,13 +125,23 @@ class Generation:
 
 
 class _Call:
-    """Triton's replies as bytes, each within its time; raises TollgateError for whatever goes wrong."""
+    """Triton's replies as bytes; raises TollgateError for whatever goes wrong, silence included.
 
-    def __init__(self, call: aio.UnaryStreamCall[Any, Any], first_timeout_s: float, timeout_s: float) -> None:
+    Silence is watched by one timer a call: a time limit around each read would cost as much as the read itself.
+    """
+
+    def __init__(
+        self, call: aio.UnaryStreamCall[Any, Any], first_timeout_s: float, timeout_s: float, lost: Lost
+    ) -> None:
         self._call = call
         self._replies = aiter(call)
-        self._next_timeout_s = first_timeout_s
+        self._patience_s = first_timeout_s
         self._timeout_s = timeout_s
+        self._lost = lost
+        self._loop = asyncio.get_running_loop()
+        self._heard_s = self._loop.time()
+        self._failure: TollgateError | None = None
+        self._look_again()
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
         return self
@@ -135,6 +152,7 @@ class _Call:
         self.cancel()
 
     def cancel(self) -> None:
+        self._timer.cancel()
         self._call.cancel()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -143,18 +161,36 @@ class _Call:
     async def __anext__(self) -> bytes:
         while True:
             try:
-                async with asyncio.timeout(self._next_timeout_s):
-                    reply = await anext(self._replies)
-            except TimeoutError as e:
-                raise engine_silent(f"nothing within {self._next_timeout_s} s") from e
+                reply = await anext(self._replies)
             except aio.AioRpcError as e:
                 raise _broken(e) from e
-            self._next_timeout_s = self._timeout_s
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._failure is None or (task is not None and task.cancelling()):
+                    raise
+                raise self._failure from None
+            self._heard_s = self._loop.time()
+            self._patience_s = self._timeout_s
             if reply.error_message:
                 raise _refused(reply.error_message)
             contents = reply.infer_response.raw_output_contents
             if contents:  # the final reply is empty
                 return bytes(contents[0][LENGTH_PREFIX.size :])
+
+    def _look_again(self) -> None:
+        self._timer = self._loop.call_later(LOOK_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        """End the call when it has been silent for too long; the read under way then raises `_failure`."""
+        silence_s = self._loop.time() - self._heard_s
+        if silence_s >= self._patience_s:
+            self._failure = engine_silent(f"nothing within {self._patience_s} s")
+        elif silence_s >= SUSPICIOUS_SILENCE_S and self._lost():
+            self._failure = engine_down("silent, and the build was lost meanwhile")
+        else:
+            self._look_again()
+            return
+        self._call.cancel()
 
 
 def _request(build: Build, content: bytes, tenant: str, timeout_s: float) -> Any:

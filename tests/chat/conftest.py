@@ -38,6 +38,7 @@ class Chat:
     url: str
     engine: Engine
     ledger: Ledger
+    catalogue: CatalogueDouble
     ring: IdentityRing
 
     def client(self, **identity: Any) -> httpx.AsyncClient:
@@ -105,9 +106,9 @@ async def running() -> AsyncIterator[Chat]:
             "chat_messages_max": 5,
             "chat_prompt_chars_max": 2_000,
             "chat_max_tokens_default": 40,
-            "chat_first_chunk_timeout_ms": 1_500,
+            "chat_first_chunk_timeout_ms": 2_500,
             "chat_count_timeout_ms": 1_500,
-            "chat_chunk_timeout_ms": 400,
+            "chat_chunk_timeout_ms": 500,
             "chat_send_timeout_ms": 500,
             "chat_settle_wait_ms": 300,
             "chat_generations_max": 3,
@@ -117,7 +118,7 @@ async def running() -> AsyncIterator[Chat]:
     async with AsyncExitStack() as stack:
         service = await build(settings, stack, Readiness())
         tasks = [asyncio.create_task(make()) for make in service.tasks.values()]
-        chat = Chat(await stack.enter_async_context(serving(service.http[0].app)), engine, ledger, ring)
+        chat = Chat(await stack.enter_async_context(serving(service.http[0].app)), engine, ledger, catalogue, ring)
         async with chat.client() as client:
 
             async def has_models() -> bool:
@@ -133,8 +134,17 @@ async def running() -> AsyncIterator[Chat]:
 
 
 @pytest.fixture
-def chat(running: Chat) -> Chat:
+async def chat(running: Chat) -> AsyncIterator[Chat]:
     """The service, with the doubles well-behaved again."""
     running.engine.reset()
     running.ledger.reset()
-    return running
+    yield running
+    if running.catalogue.lost:
+        running.catalogue.lost.clear()
+        async with running.client() as client:
+
+            async def all_ready() -> bool:
+                builds = (await client.get("/v1/models/small")).json()["builds"]
+                return all(b["state"] == "ready" for b in builds)
+
+            await until(all_ready)

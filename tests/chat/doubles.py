@@ -158,15 +158,20 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
 
 
 class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
-    """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading."""
+    """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading.
+
+    `lost` names builds that are out of service.
+    """
 
     def __init__(self, target: str) -> None:
         self._target = target
+        self.lost: set[str] = set()
 
     async def List(self, _request: Any, _: Any) -> Any:
         small = inference_pb2.Model(alias="small", kind="chat", created=1, stable_build="small-a", description="Small.")
         for name, context in (("small-a", 100), ("small-b", 90)):
-            small.builds.append(self._build(name, context, inference_pb2.BUILD_STATE_READY))
+            state = inference_pb2.BUILD_STATE_UNAVAILABLE if name in self.lost else inference_pb2.BUILD_STATE_READY
+            small.builds.append(self._build(name, context, state))
         asleep = inference_pb2.Model(alias="asleep", kind="chat", created=1, stable_build="asleep-a")
         asleep.builds.append(self._build("asleep-a", 100, inference_pb2.BUILD_STATE_LOADING))
         return inference_pb2.ListReply(models=[small, asleep], revision=1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,6 +28,8 @@ def then_silent(*items: Item) -> Script:
 
     return script
 
+
+FIRST_CHUNK_TIMEOUT_S = 2.5  # as conftest.py sets it
 
 BEFORE = {
     "a prompt that is too long": (failing(EngineError("context_length_exceeded")), 400, "context_length_exceeded"),
@@ -109,6 +112,41 @@ async def test_silence_stops_the_engine(chat: Chat) -> None:
     chat.engine.chat = then_silent(*WORDS)
     await chat.complete()
     await asyncio.wait_for(chat.engine.stopped.wait(), 2)
+
+
+async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Chat) -> None:
+    chat.engine.chat = for_ever
+    async with chat.client() as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+
+        async def generating() -> bool:
+            return len(chat.engine.requests) == 2
+
+        await until(generating)
+        began = time.monotonic()
+        chat.catalogue.lost.add("small-a")
+        answer = await asked
+        assert time.monotonic() - began < FIRST_CHUNK_TIMEOUT_S - 0.5
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert int(answer.headers["retry-after"]) >= 1
+    await asyncio.wait_for(chat.engine.stopped.wait(), 2)
+    assert [v.reason for v in chat.ledger.voided] == ["error"]
+
+
+async def test_a_build_that_speaks_is_not_given_up_because_the_catalogue_lost_it(chat: Chat) -> None:
+    async def slow(_: dict[str, Any]) -> AsyncIterator[Item]:
+        for i in range(1, 9):
+            await asyncio.sleep(0.25)
+            yield chunk("x", i)
+        yield chunk("", 8, "stop")
+
+    chat.engine.chat = slow
+    async with chat.client() as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+        await asyncio.wait_for(chat.engine.begun.wait(), 2)
+        chat.catalogue.lost.add("small-a")
+        answer = (await asked).json()
+    assert answer["choices"][0]["message"]["content"] == "x" * 8
 
 
 async def test_an_engines_own_words_stay_inside(chat: Chat) -> None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +157,7 @@ class App:
 
     grpc_target: str
     http: httpx.AsyncClient
-    tasks: dict[str, Callable[[], Awaitable[None]]]
+    tasks: dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
 
 @asynccontextmanager

@@ -41,8 +41,8 @@ test: check ## Run every check and every test, on components of their own
 	$(BIN)/python -m pytest
 
 check: environments ## Run the linters, types, import rules, stubs and migrations
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy --strict $(CHECKED)
 	$(BIN)/lint-imports
 	$(BIN)/python -m deploy.checks.size $(CHECKED)
@@ -50,14 +50,14 @@ check: environments ## Run the linters, types, import rules, stubs and migration
 	$(BIN)/python -m deploy.checks.migrations
 
 lint: ## Run ruff only
-	$(BIN)/ruff check .
+	$(BIN)/ruff check $(CHECKED)
 
 types: ## Run mypy only
 	$(BIN)/mypy --strict $(CHECKED)
 
 format: ## Format the code and fix what ruff can fix
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
 
 lock: ## Compile requirements/*.in and Unleash's package.json into locks with hashes
 	$(UV_COMPILE) requirements/services.in -o requirements/services.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import openai
 
 TIMEOUT_S = 30.0
 PAGE_MAX = 100
+RETRIES_MAX = 5
 QUESTION = ({"role": "user", "content": "What is Tollgate?"},)
 
 
@@ -44,7 +46,13 @@ class User:
 
     def new_key(self, **fields: Any) -> dict[str, Any]:
         """Create another key; the whole answer, with the secret."""
-        answer = self.session.post("/api/v1/keys", json={"name": f"key-{secrets.token_hex(3)}", **fields})
+        body = {"name": f"key-{secrets.token_hex(3)}", **fields}
+        answer = self.session.post("/api/v1/keys", json=body)
+        for _ in range(RETRIES_MAX):  # as every SDK does, when a service has just been restarted
+            if answer.status_code != 503:
+                break
+            time.sleep(float(answer.headers["retry-after"]))
+            answer = self.session.post("/api/v1/keys", json=body)
         assert answer.status_code == 201, answer.text
         made: dict[str, Any] = answer.json()
         return made

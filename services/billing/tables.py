@@ -1,7 +1,7 @@
 """The tables of schema `billing`: what migration 0001 makes, and the rights of the service's own role.
 
 Amounts are int8 nano-credits. A wallet's id is its organisation's id. Ids of transfers and holds are UUIDv7, so that
-these tables can be partitioned by time on the primary key itself (docs/decisions/0102).
+these tables can be partitioned by time on the primary key itself (docs/decisions/0012).
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ from tests.billing.harness import (
 from tests.conftest import Components, role_url
 
 WORKERS = 12
-KILLS = 3
-REQUESTS_BETWEEN_KILLS = 60
+KILLS = 2
+REQUESTS_BETWEEN_KILLS = 50
 CREDITS = 10**9
 
 

@@ -311,8 +311,12 @@ def test_amounts_that_no_counter_can_hold_are_refused_and_change_nothing() -> No
         ledger.apply(hold(Usage(0, 0, 10**9)), START)
     placed = ledger.apply(hold(Usage(0, 0, 9_000)), START)
     assert isinstance(placed, Held)
-    with pytest.raises(AmountTooLarge):
-        ledger.apply(settle(placed.hold_id, Usage(0, 0, 10**9)), START)
+    for too_much in (
+        settle(placed.hold_id, Usage(0, 0, 10**9)),
+        Heartbeat(WALLET, placed.hold_id, Usage(0, 0, 10**9), 1_000),
+    ):
+        with pytest.raises(AmountTooLarge):
+            ledger.apply(too_much, START)
     ledger.apply(settle(placed.hold_id, Usage(0, 0, 8_000)), START)
     ledger.check()
 

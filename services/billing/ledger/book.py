@@ -1,7 +1,7 @@
 """A wallet's books in memory: what the kernel decides on, and the rows that its decisions come to.
 
 A `Book` is loaded under the wallet's lock, changed by any number of operations in order, and written back whole. Each
-wallet has accounts of its own (architecture decision 0101): one per grant, limited to what was put into it, and four
+wallet has accounts of its own (docs/decisions/0010): one per grant, limited to what was put into it, and four
 of the system:
 
     funding     where grants come from          revenue     what usage came to

@@ -173,8 +173,10 @@ def _extend(book: Book, op: Heartbeat) -> Extended:
     hold = _hold(book, op.hold_id)
     if hold.open is None:
         raise HoldResolved()
+    usage = hold.open.usage.at_least(op.usage)
+    hold.row.price.terms.cost(usage)  # refused here, so that expiry can always post it
     expires_at = max(hold.open.expires_at, _after(book.now, op.ttl_ms))
-    hold.open = OpenHold(expires_at, hold.open.usage.at_least(op.usage))
+    hold.open = OpenHold(expires_at, usage)
     book.rows.opened[op.hold_id] = hold.open
     return Extended(expires_at)
 

@@ -51,6 +51,7 @@ class DatabaseLimits:
     statement_timeout_ms: int = 10_000
     lock_timeout_ms: int = 5_000
     idle_in_transaction_timeout_ms: int = 30_000
+    close_timeout_s: float = 10.0
     attempts_max: int = 5
     backoff_first_s: float = 0.02
     backoff_max_s: float = 0.5
@@ -83,7 +84,10 @@ class Database:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.pool.close()
+        try:
+            await asyncio.wait_for(self.pool.close(), self._limits.close_timeout_s)
+        except TimeoutError:
+            self.pool.terminate()
 
     async def transaction(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Do the work in a transaction; its result is durable when this returns. Raises LedgerUnavailable."""

@@ -66,6 +66,7 @@ class Watcher:
         for name, (build, task) in list(self._watched.items()):
             if task.done():
                 log.error("watch_failed", build=name, error=repr(task.exception()))
+                self._models.mark(name, BuildState.UNAVAILABLE, "Watching it failed; the log says why.")
             elif listed.get(name) == build:
                 continue
             task.cancel()

@@ -6,7 +6,9 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import grpc
 import numpy as np
+from grpc import aio
 from tritonclient.grpc.aio import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
@@ -88,8 +90,8 @@ class TritonServer:
                     raise _refusal(error.message())
                 if result.get_response().outputs:
                     answers.append(json.loads(bytes(result.as_numpy("RESPONSE").reshape(-1)[0])))
-        except InferenceServerException as e:
-            if e.status() == "StatusCode.UNAVAILABLE":
+        except (InferenceServerException, aio.AioRpcError) as e:  # a stream's own failures come unwrapped
+            if isinstance(e, aio.AioRpcError) and e.code() is grpc.StatusCode.UNAVAILABLE:
                 raise TritonUnreachable("Triton does not answer.") from e
             raise BuildSilent(f"{build} did not answer within {timeout_s:g} s.") from e
         finally:

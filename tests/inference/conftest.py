@@ -1,7 +1,8 @@
 """A tritonserver of these tests' own, with builds made for them, so that killing and filling them disturbs nobody.
 
 `repository`  session; a model repository of symbolic links into triton_models:
-              `plain` (4 slots) and `other` (another quantization, 2 slots); `narrow` (1 slot, a queue of 4, 2 of a
+              `plain` (4 slots) and `other` (another quantization, 2 slots); `calm` (a chunk
+              in 30 ms); `narrow` (1 slot, a queue of 4, 2 of a
               tenant, small prefill batches); `churned` (4 slots, for requests that may never arrive); `moved`,
               which is unloaded; `frail`, which tests kill.
 `triton`      session; tritonserver on it, nothing loaded.
@@ -37,6 +38,7 @@ PR_SET_PDEATHSIG = 1
 BUILDS = {
     "plain": ("chat-mini-q8_0", {"slots": 4}),
     "other": ("chat-mini-q4_k_m", {"slots": 2}),
+    "calm": ("chat-mini-q8_0", {"slots": 1, "chunk_interval_us": 30_000}),
     "narrow": ("chat-mini-q8_0", {"slots": 1, "queue_max": 4, "tenant_queue_max": 2, "batch_tokens": 8}),
     "churned": ("chat-mini-q8_0", {"slots": 4}),
     "moved": ("chat-mini-q4_k_m", {"slots": 1}),
@@ -111,6 +113,12 @@ class RunningTriton:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise
             time.sleep(0.05)
+
+    def supervise(self) -> None:
+        """Start it again if it has died, as the stack's supervisor does."""
+        assert self.process is not None
+        if self.process.poll() is not None:
+            self.start()
 
     def stop(self) -> None:
         """A graceful end; then nothing is left."""

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,21 @@ async def test_the_same_seed_gives_the_same_text_and_builds_differ(backend: Back
     assert await text("plain") == await text("plain")
     chunks = await backend.send("other", chat(tokens=2)).all()
     assert chunks[-1]["system_fingerprint"] == "other"
+
+
+async def test_joined_chunks_say_the_same(backend: BackendClient) -> None:
+    body = chat("tell me all", tokens=100, temperature=0)
+    single = await backend.send("plain", body).all()
+    joined = await backend.send("calm", body).all()
+
+    def text(chunks: list[dict[str, Any]]) -> str:
+        return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+
+    assert len(joined) < len(single) / 2
+    assert text(joined) == text(single)
+    assert joined[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert joined[-1]["choices"][0]["finish_reason"] == "length"
+    assert joined[-1]["usage"]["completion_tokens"] == single[-1]["usage"]["completion_tokens"] == 100
 
 
 async def test_without_max_tokens_the_context_is_the_limit(backend: BackendClient) -> None:

@@ -13,6 +13,7 @@
 | queue_max, tenant_queue_max | 64, 32 | waiting requests, in all and of one tenant |
 | intake_max | 256 | requests that wait to be counted |
 | request_bytes_max | 2097152 | size of a body |
+| chunk_interval_us | 0 | least time between the chunks of a stream, after the first; tokens in between are joined |
 | completion_tokens_default | 0 = to the end of the context | when the body names no limit |
 """
 
@@ -38,6 +39,7 @@ class BackendConfig:
     tenant_queue_max: int
     intake_max: int
     request_bytes_max: int
+    chunk_interval_us: int
     completion_tokens_default: int
 
     @staticmethod
@@ -73,6 +75,7 @@ class BackendConfig:
             tenant_queue_max=integer("tenant_queue_max", max(1, queue_max // 2), 1, queue_max),
             intake_max=integer("intake_max", 256, 1, 100_000),
             request_bytes_max=integer("request_bytes_max", 2 << 20, 1024),
+            chunk_interval_us=integer("chunk_interval_us", 0, 0, 1_000_000),
             completion_tokens_default=integer("completion_tokens_default", 0, 0),
         )
         if not config.weights.is_file():

@@ -2,7 +2,8 @@
 
 Sending a response, asking whether a caller is gone and setting a metric are each a round trip to the server's
 process (0.05 to 0.25 ms, most of it waiting for that process to run). So
-- chunks of one stream that pile up while another is being sent leave as one valid chunk (engine.Chunk.join);
+- chunks of one stream that pile up while another is being sent leave as one valid chunk (engine.Chunk.join), and a
+  build that makes tokens faster than anybody reads them can ask for a least interval between the chunks of a stream;
 - a few callers are asked about in each poll, in turn, not every caller at every chunk: with up to CHECKS_RUNNING
   streams and chunks slower than POLL_S a cancel still lands within one chunk;
 - metrics are pushed a few times a second, and at once when there is nothing else to do.
@@ -44,10 +45,11 @@ _TRITON_CODES: dict[Code, str] = {  # names: Triton fills its module in after th
 class Dispatcher:
     """Start it before the scheduler, close it after."""
 
-    def __init__(self, build: str, slots: int) -> None:
+    def __init__(self, build: str, slots: int, chunk_interval_s: float) -> None:
         self._events: queue.SimpleQueue[Event | Job | None] = queue.SimpleQueue()
         self._build = build
         self._slots = slots
+        self._chunk_interval_s = chunk_interval_s
         self._jobs: set[Job] = set()
         self._ready: list[Job] = []  # with chunks to send
         self._open = True
@@ -85,7 +87,8 @@ class Dispatcher:
             if now >= next_push:
                 self._push_metrics()
                 next_push = time.monotonic() + METRICS_PUSH_S
-            self._take_batch(max(0.0, next_poll - now) if self._jobs else None)
+            wake_at = min((job.send_at for job in self._ready), default=next_poll)
+            self._take_batch(max(0.0, min(wake_at, next_poll) - now) if self._jobs else None)
             if not self._jobs:
                 self._push_metrics()
 
@@ -97,8 +100,10 @@ class Dispatcher:
                 self._handle(self._events.get_nowait())
         except queue.Empty:
             pass
-        ready, self._ready = self._ready, []
-        for job in ready:
+        now = time.monotonic()
+        due = [job for job in self._ready if job.send_at <= now]
+        self._ready = [job for job in self._ready if job.send_at > now]
+        for job in due:
             self._flush(job)
 
     def _handle(self, event: Event | Job | None) -> None:
@@ -133,11 +138,14 @@ class Dispatcher:
         if job.stop is None:
             for chunk in pending:
                 self._send(job, _response(chunk.render()))
+            job.send_at = time.monotonic() + self._chunk_interval_s
 
     def _end(self, job: Job, error: BackendError | None, reply: Reply | None) -> None:
         if job.ended:
             return
-        self._flush(job)
+        if job.pending:
+            self._ready.remove(job)
+            self._flush(job)
         job.ended = True
         self._jobs.discard(job)
         self._account(job, error)

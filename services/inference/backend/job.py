@@ -32,6 +32,8 @@ class Job:
     checked_at: float = 0.0
     """When Triton was last asked whether the caller is still there; first, when the dispatcher got the job."""
     pending: list[Chunk] = field(default_factory=list)
+    """Chunks to be sent, not before `send_at`."""
+    send_at: float = 0.0
     first_token_at: float | None = None
     usage: Usage = field(default_factory=Usage)
     ended: bool = False

@@ -35,7 +35,7 @@ class TritonPythonModel:
         if config.engine not in ENGINES:
             raise ValueError(f"{build}: unknown engine {config.engine!r}; known: {', '.join(ENGINES)}")
         self._engine: Engine = ENGINES[config.engine](config)
-        self._dispatcher = Dispatcher(build, self._engine.slots)
+        self._dispatcher = Dispatcher(build, self._engine.slots, config.chunk_interval_us / MICROSECONDS)
         self._scheduler = Scheduler(self._engine, config, self._dispatcher.post, time.monotonic)
         self._dispatcher.start(self._scheduler)
         self._scheduler.start()

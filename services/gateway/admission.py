@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from services.gateway.keys import KeyStore
 from services.gateway.tokens import AccessTokens
@@ -37,6 +38,7 @@ from shared.telemetry import GatewayMetrics
 CREDENTIAL_CHARS_MAX = 4_096
 STALE_ATTEMPTS_MAX = 3
 IPV6_PREFIX_BITS = 64
+NETWORKS_CACHED_MAX = 10_000
 SCHEMES = ("bearer", "apikey")
 
 
@@ -108,7 +110,7 @@ class Admission:
     async def _admit_token(self, route: Route, method: str, token: str, address: str) -> Admitted:
         if token.count(".") != 2:
             raise Unauthenticated()
-        identity = _with_address(await self._tokens.verify(token), address)
+        identity = replace(await self._tokens.verify(token), address=address)
         denied = _denial(route, method, identity)
         subject = Subject(tag=identity.org_id, limit_id=identity.limit_id, limits=self._user_limits)
         return self._judged(identity, denied, await self._decide(subject, 0 if denied else route.weight))
@@ -205,20 +207,7 @@ def _too_many(decision: Decision, headers: dict[str, str]) -> RateLimited:
     )
 
 
-def _with_address(identity: Identity, address: str) -> Identity:
-    return Identity(
-        kind=identity.kind,
-        user_id=identity.user_id,
-        org_id=identity.org_id,
-        session_id=identity.session_id,
-        plan=identity.plan,
-        roles=identity.roles,
-        scopes=identity.scopes,
-        limit_id=identity.limit_id,
-        address=address,
-    )
-
-
+@lru_cache(maxsize=NETWORKS_CACHED_MAX)
 def _network(address: str) -> str:
     """What one client is taken to own: an IPv4 address, or an IPv6 /64."""
     try:

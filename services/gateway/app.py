@@ -9,6 +9,7 @@ from functools import partial
 import aiohttp
 from prometheus_client import CollectorRegistry
 
+from services.gateway.access_log import AccessLog
 from services.gateway.admission import Admission
 from services.gateway.edge import Edge, parse_networks
 from services.gateway.internal import InternalPages
@@ -84,7 +85,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
     pages = _pages(settings, floor, readiness)
     return Service(
         http=[
-            HttpServer(_edge(settings, floor, admission, pages, usage), settings.gateway_listen),
+            HttpServer(_edge(settings, stack, floor, admission, pages, usage), settings.gateway_listen),
             HttpServer(InternalPages(pages, floor.registry), settings.gateway_internal_listen),
         ],
         tasks={
@@ -142,10 +143,18 @@ def _pages(settings: GatewaySettings, floor: _Floor, readiness: Readiness) -> Pa
     return Pages(readiness=readiness, openapi=openapi)
 
 
-def _edge(settings: GatewaySettings, floor: _Floor, admission: Admission, pages: Pages, usage: UsageEvents) -> Edge:
+def _edge(
+    settings: GatewaySettings,
+    stack: AsyncExitStack,
+    floor: _Floor,
+    admission: Admission,
+    pages: Pages,
+    usage: UsageEvents,
+) -> Edge:
     relay = Relay(
         session=floor.session,
         ring=IdentityRing(settings.identity_keys.get_secret_value(), floor.clock),
+        clock=floor.clock,
         metrics=floor.metrics,
         timeouts=Timeouts(
             first_byte_s=settings.gateway_first_byte_timeout_s,
@@ -154,6 +163,8 @@ def _edge(settings: GatewaySettings, floor: _Floor, admission: Admission, pages:
         ),
         body_bytes_max=settings.gateway_body_bytes_max,
     )
+    access_log = AccessLog(SERVICE)
+    stack.callback(access_log.flush)
     return Edge(
         routes=floor.routes,
         upstreams=floor.upstreams,
@@ -161,6 +172,7 @@ def _edge(settings: GatewaySettings, floor: _Floor, admission: Admission, pages:
         relay=relay,
         pages=pages,
         usage=usage,
+        access_log=access_log,
         metrics=HttpMetrics(floor.registry, SERVICE),
         trusted_proxies=parse_networks(settings.gateway_trusted_proxies),
         body_bytes_max=settings.gateway_body_bytes_max,

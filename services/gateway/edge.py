@@ -11,14 +11,15 @@ given back.
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-import structlog
 from opentelemetry.trace import SpanKind
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.access_log import AccessLog
 from services.gateway.admission import Admission, Admitted, credential_of
 from services.gateway.errors import ClientGone, HeadersTooLarge, ResponseBroken, UriTooLong
 from services.gateway.exchange import Exchange
@@ -29,14 +30,14 @@ from services.gateway.usage import UsageEvents
 from shared.errors import Internal, InvalidRequest, TollgateError, Unauthenticated
 from shared.telemetry import HttpMetrics, get_logger, span
 
-log = get_logger("access")
+log = get_logger(__name__)
 
 URI_BYTES_MAX = 8 * 1024
 HEADER_BYTES_MAX = 32 * 1024
 HEADERS_MAX = 100
 CLIENT_GONE_STATUS = 499  # nginx's number for it, in logs and metrics only
 SINGLE_HEADERS = (b"authorization", b"x-api-key", b"content-length", b"host")
-FORBIDDEN_SEGMENTS = ("/../", "/./")
+FORBIDDEN_SEGMENT = re.compile(r"/\.\.?(/|\Z)")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -53,6 +54,7 @@ class Edge:
         relay: Relay,
         pages: Pages,
         usage: UsageEvents,
+        access_log: AccessLog,
         metrics: HttpMetrics,
         trusted_proxies: tuple[Network, ...],
         body_bytes_max: int,
@@ -64,6 +66,7 @@ class Edge:
         self._relay = relay
         self._pages = pages
         self._usage = usage
+        self._access_log = access_log
         self._metrics = metrics
         self._trusted_proxies = trusted_proxies
         self._body_bytes_max = body_bytes_max
@@ -77,10 +80,7 @@ class Edge:
         started = time.perf_counter()
         self._metrics.in_flight.inc()
         try:
-            with (
-                structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
-                self._span(exchange),
-            ):
+            with self._span(exchange):
                 try:
                     await self._answer(exchange)
                 finally:
@@ -93,15 +93,15 @@ class Edge:
             await self._admit_and_relay(exchange)
         except TollgateError as e:
             if e.detail:
-                log.warning("request_failed", code=e.code, status=e.status, detail=e.detail, path=exchange.path)
+                self._warn("request_failed", exchange, code=e.code, status=e.status, detail=e.detail)
             await self._fail(exchange, e)
         except ClientGone:
             exchange.status = exchange.status or CLIENT_GONE_STATUS
         except ResponseBroken as e:
             # Returning without the end of the body makes the server hang up: the client sees a broken stream.
-            log.warning("response_broken", detail=str(e), path=exchange.path)
+            self._warn("response_broken", exchange, detail=str(e))
         except Exception:
-            log.exception("request_crashed", path=exchange.path)
+            log.exception("request_crashed", request_id=exchange.request_id, endpoint=exchange.route)
             await self._fail(exchange, Internal())
 
     async def _admit_and_relay(self, exchange: Exchange) -> None:
@@ -124,27 +124,21 @@ class Edge:
                 self._admission.release(admitted.lease)
 
     @staticmethod
+    def _warn(event: str, exchange: Exchange, **fields: object) -> None:
+        log.warning(event, request_id=exchange.request_id, endpoint=exchange.route, **fields)
+
+    @staticmethod
     async def _fail(exchange: Exchange, error: TollgateError) -> None:
         if not exchange.status:
             await exchange.fail(error)
 
     def _finish(self, exchange: Exchange, duration_s: float) -> None:
         self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
+        ended_at_s = time.time()
         if exchange.service:
-            self._usage.record(exchange, time.time(), duration_s)
+            self._usage.record(exchange, ended_at_s, duration_s)
         if exchange.route not in Pages.UNLOGGED:
-            identity = exchange.identity
-            log.info(
-                "request",
-                endpoint=exchange.route,
-                method=exchange.method,
-                status_code=exchange.status,
-                response_time_ms=round(duration_s * 1000, 2),
-                user_id=identity.user_id if identity else None,
-                org_id=identity.org_id if identity else None,
-                key_id=identity.key_id if identity else None,
-                complete=exchange.complete,
-            )
+            self._access_log.write(exchange, ended_at_s, duration_s)
 
     def _span(self, exchange: Exchange) -> AbstractContextManager[object]:
         if not self._tracing:
@@ -190,7 +184,7 @@ def _check_shape(exchange: Exchange, body_bytes_max: int) -> None:
     if len(exchange.first) != len(headers):
         _check_repeated(exchange)
     path = exchange.path
-    if not path.isprintable() or "\\" in path or any(s in path + "/" for s in FORBIDDEN_SEGMENTS):
+    if not path.isprintable() or "\\" in path or ("/." in path and FORBIDDEN_SEGMENT.search(path)):
         raise InvalidRequest("The address is not in its normal form.", code="invalid_path")
     length = exchange.first.get(b"content-length")
     if length is not None:

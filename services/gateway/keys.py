@@ -131,7 +131,7 @@ class KeyStore:
         name = digests[0]
         flight = self._flights.get(name)
         if flight is None:
-            flight = asyncio.create_task(self._read_and_fill(digests), name="key-read")
+            flight = asyncio.create_task(self._read_and_fill(digests, address), name="key-read")
             self._flights[name] = flight
             flight.add_done_callback(lambda done: self._land(name, done))
         try:
@@ -143,9 +143,6 @@ class KeyStore:
             ) from e
         self._count("postgres")
         if record is None:
-            self._note_miss(address)
-            for digest in digests:
-                self._unknown.put(digest, True)
             raise Unauthenticated()
         return self._usable(record)
 
@@ -154,11 +151,14 @@ class KeyStore:
         if not flight.cancelled():
             flight.exception()  # seen, also when every caller has left
 
-    async def _read_and_fill(self, digests: list[str]) -> KeyRecord | None:
+    async def _read_and_fill(self, digests: list[str], address: str) -> KeyRecord | None:
         """Read until what was read is not older than what Redis knows of; None for unknown and revoked keys."""
         for _ in range(FILL_ATTEMPTS_MAX):
             record = await self._repository.find(digests)
             if record is None or not record.is_usable(self._clock.now()):
+                self._note_miss(address)
+                for digest in digests:
+                    self._unknown.put(digest, True)
                 return None
             if await self._fill_redis(record):
                 self._records.put(record.digest, record)

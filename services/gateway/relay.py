@@ -18,10 +18,12 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
+from services.gateway.caches import BoundedCache
 from services.gateway.errors import ClientGone, RequestTimeout, ResponseBroken
 from services.gateway.exchange import Exchange, RawHeaders
 from services.gateway.upstreams import Replica, Upstream
 from services.gateway.watch import Stopped, Timeouts, Watch
+from shared.clock import Clock
 from shared.errors import BadGateway, PayloadTooLarge, Timeout, TollgateError, Unavailable
 from shared.identity import HEADER, Identity, IdentityRing
 from shared.telemetry import GatewayMetrics, inject_trace
@@ -72,6 +74,8 @@ INTERNAL_PREFIX = b"x-tollgate-"
 LIMIT_PREFIXES = (b"ratelimit", b"x-ratelimit-")
 WHOLE_BYTES_MAX = 64 * 1024  # a response known to be this small goes out in one piece, or as a clean 502
 CONNECTIONS_MAX = 4_096
+SIGNED_ENTRIES_MAX = 10_000
+SIGNED_TTL_S = 1.0
 KEEPALIVE_S = 30.0  # shorter than the services' own, so that they never hang up on a request that we begin
 
 
@@ -107,12 +111,16 @@ class Relay:
         *,
         session: aiohttp.ClientSession,
         ring: IdentityRing,
+        clock: Clock,
         metrics: GatewayMetrics,
         timeouts: Timeouts,
         body_bytes_max: int,
     ) -> None:
         self._session = session
         self._ring = ring
+        self._tokens: BoundedCache[tuple[Identity, str], str] = BoundedCache(
+            clock, entries_max=SIGNED_ENTRIES_MAX, ttl_s=SIGNED_TTL_S
+        )
         self._errors = metrics.upstream_errors
         self._timeouts = timeouts
         self._body_bytes_max = body_bytes_max
@@ -212,9 +220,18 @@ class Relay:
             headers["content-length"] = str(body.length)
         headers["x-request-id"] = exchange.request_id
         headers["x-forwarded-for"] = exchange.address
-        headers[HEADER] = self._ring.sign(identity, request_id=exchange.request_id)
+        headers[HEADER] = self._signed(identity)
         inject_trace(headers)
         return headers
+
+    def _signed(self, identity: Identity) -> str:
+        """The identity header; the same for a second, which is a small part of its life."""
+        name = (identity, identity.address)  # an identity's equality leaves out its address
+        token = self._tokens.get(name)
+        if token is None:
+            token = self._ring.sign(identity)
+            self._tokens.put(name, token)
+        return token
 
 
 class _RequestBody:

@@ -1,8 +1,8 @@
 """What can stop a relayed request from outside: the client hangs up, or a time limit passes.
 
 A watch belongs to one task. It has one timer that is re-armed only when it fires, so progress costs an assignment;
-and, once the request body is in, one task that waits for the client to hang up. Either cancels the task that relays,
-which surfaces in its `with` block as `Stopped` with the reason.
+and, LISTEN_AFTER_S after the request body is in, one task that waits for the client to hang up: a response that is
+quicker needs none. Either cancels the task that relays, which surfaces in its `with` block as `Stopped`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from types import TracebackType
 from typing import Self
 
 from services.gateway.exchange import Exchange
+
+LISTEN_AFTER_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Watch:
         self._loop = asyncio.get_running_loop()
         self._reason = ""
         self._listener: asyncio.Task[None] | None = None
+        self._listening: asyncio.TimerHandle | None = None
         self._began_s = self._last_s = self._loop.time()
         self._waiting_for = "idle"
         self._limit_s = timeouts.idle_s
@@ -57,16 +60,21 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
+        if self._listening is not None:
+            self._listening.cancel()
         if self._listener is not None:
             self._listener.cancel()
-        if self._reason and isinstance(error, asyncio.CancelledError) and self._task.uncancel() == 0:
-            raise Stopped(self._reason) from None
+        reason, self._reason = self._reason, self._reason or "closed"
+        if reason and isinstance(error, asyncio.CancelledError) and self._task.uncancel() == 0:
+            raise Stopped(reason) from None
 
     def body_complete(self) -> None:
         """The request is in: from now on the client is listened to, and the service owes a first byte."""
+        if self._reason:  # the service answered without waiting for the rest, and all is over
+            return
         if not self._exchange.status:
             self._set_limit("first_byte", self._timeouts.first_byte_s)
-        self._listener = self._loop.create_task(self._listen())
+        self._listening = self._loop.call_later(LISTEN_AFTER_S, self._start_listening)
 
     def first_byte(self) -> None:
         """The response has begun."""
@@ -82,6 +90,9 @@ class Watch:
         if self._last_s + limit_s < self._timer.when():
             self._timer.cancel()
             self._timer = self._loop.call_later(limit_s, self._tick)
+
+    def _start_listening(self) -> None:
+        self._listener = self._loop.create_task(self._listen())
 
     async def _listen(self) -> None:
         while (await self._exchange.receive())["type"] != "http.disconnect":

@@ -319,6 +319,7 @@ def settings(redis_url: str, database_url: str, service_url: str, **changes: Any
         "chat_url": service_url,
         "inference_url": service_url,
         "gateway_redis_timeout_ms": 5_000,  # a busy test machine is not an outage
+        "gateway_unknown_keys_per_minute": 10_000,
         "gateway_heartbeat_interval_s": 0.05,
         "gateway_heartbeat_ttl_s": 2,
     }

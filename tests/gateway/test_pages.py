@@ -151,5 +151,5 @@ async def test_usage_events_say_who_and_how(
 
 async def _events(redis: Redis, request_id: str) -> list[dict[str, Any]]:
     entries: Any = await redis.xrange(STREAM)
-    events = [json.loads(fields[b"event"]) for _, fields in entries]
+    events = [event for _, fields in entries for event in json.loads(fields[b"events"])]
     return [event for event in events if event["request_id"] == request_id]

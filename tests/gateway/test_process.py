@@ -55,6 +55,8 @@ async def test_it_serves_and_drains(
                     return False
 
             await eventually(is_up)
+            checks = (await http.get("/readyz")).json()["checks"]
+            assert (checks["redis"], checks["postgres"]) == ("ok", "ok")  # also under uvloop
             request = asyncio.create_task(http.post(CHAT, headers=key.headers))
             await asyncio.wait_for(entered.wait(), DEADLINE_S)
             process.send_signal(signal.SIGTERM)

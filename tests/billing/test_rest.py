@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -104,6 +105,9 @@ async def test_transactions_are_filtered_by_kind_and_time(app: App, ledger: Ledg
         {"limit": 0},
         {"limit": 201},
         {"from": "yesterday"},
+        {"from": "0001-01-01T00:00:00+12:00"},
+        {"to": "9999-12-31T23:59:59-12:00"},
+        {"cursor": "t9999999999999999999"},
         {"from": "2026-01-01T00:00:00"},
     ],
 )
@@ -223,6 +227,10 @@ async def test_only_operators_with_the_scope_write(app: App, org_id: UUID, ident
         {"credits": "0.0000000001"},
         {"credits": None},
         {"reason": ""},
+        {"reason": "a\x00b"},
+        {"reason": "\ud800"},
+        {"expires_at": "9999-12-31T23:59:59-12:00"},
+        {"expires_at": "0001-01-01T00:00:00+12:00"},
         {"org_id": "x"},
         {"expires_at": "2026-01-01"},
         {"amount": "1"},
@@ -230,7 +238,8 @@ async def test_only_operators_with_the_scope_write(app: App, org_id: UUID, ident
 )
 async def test_grants_that_make_no_sense_are_refused(app: App, org_id: UUID, changes: dict[str, Any]) -> None:
     body = {"org_id": str(org_id), "credits": "1", "reason": "x"} | changes
-    answer = await app.http.post(GRANTS, json=body, headers=signed(operator(), **key()))
+    headers = signed(operator(), **key()) | {"content-type": "application/json"}
+    answer = await app.http.post(GRANTS, content=json.dumps(body), headers=headers)
     assert answer.status_code == 400, answer.text
 
 

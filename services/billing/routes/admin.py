@@ -6,11 +6,11 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from services.billing.domain import DEFAULT_CLASS, PriceTerms, format_credits
 from services.billing.routes.dependencies import BillingService, CurrentAuthor, PriceService
-from services.billing.routes.fields import Body, CreditsIn, CustomerClass, Model, PositiveCreditsIn
+from services.billing.routes.fields import Body, CreditsIn, CustomerClass, Model, PositiveCreditsIn, Timestamp
 from services.billing.routes.prices import PriceAnswer, price_answer
 
 router = APIRouter(prefix="/api/v1/admin/billing", tags=["admin"])
@@ -19,8 +19,8 @@ router = APIRouter(prefix="/api/v1/admin/billing", tags=["admin"])
 class GrantBody(Body):
     org_id: UUID
     credits: PositiveCreditsIn
-    reason: Annotated[str, Field(min_length=1, max_length=200)]
-    expires_at: AwareDatetime | None = None
+    reason: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+    expires_at: Timestamp | None = None
 
 
 class GrantAnswer(BaseModel):
@@ -42,7 +42,7 @@ class PriceBody(Body):
     input: CreditsIn
     cached_input: CreditsIn
     output: CreditsIn
-    effective_from: AwareDatetime | None = Field(None, description="Now, when left out. Never in the past.")
+    effective_from: Timestamp | None = Field(None, description="Now, when left out. Never in the past.")
 
 
 @router.post("/grants", status_code=201)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from services.billing.domain import parse_credits
 from shared.errors import InvalidRequest
@@ -12,6 +13,8 @@ from shared.errors import InvalidRequest
 CREDITS_CHARS_MAX = 20
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
+TIME_MIN = datetime(2000, 1, 1, tzinfo=UTC)
+TIME_MAX = datetime(2200, 1, 1, tzinfo=UTC)
 
 
 def _nano(value: object) -> int:
@@ -29,6 +32,14 @@ def _positive(value: int) -> int:
     return value
 
 
+def _usual(value: datetime) -> datetime:
+    if not TIME_MIN <= value <= TIME_MAX:
+        raise ValueError(f"lies between the years {TIME_MIN.year} and {TIME_MAX.year}.")
+    return value.astimezone(UTC)
+
+
+# With an offset, and far from what calendars and time zones cannot express.
+Timestamp = Annotated[AwareDatetime, AfterValidator(_usual)]
 # In: a decimal string (or a whole number) of credits, read as nano-credits. Floats are refused: they are not exact.
 CreditsIn = Annotated[int, BeforeValidator(_nano, json_schema_input_type=str)]
 PositiveCreditsIn = Annotated[CreditsIn, AfterValidator(_positive)]

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from services.billing.domain import format_credits
 from services.billing.repository.history import TransactionRow, UsageRecord
 from services.billing.routes.dependencies import BillingService, OwnWallet
-from services.billing.routes.fields import PAGE_DEFAULT, PageSize
+from services.billing.routes.fields import PAGE_DEFAULT, PageSize, Timestamp
 from shared.errors import InvalidRequest
 
 router = APIRouter(prefix="/api/v1/billing", tags=["billing"])
@@ -22,7 +22,7 @@ Kind = Literal["grant", "usage", "late", "receivable", "repayment", "expiry"]
 Cursor = Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")]
 CREDITING = ("grant",)
 
-_SEQ_CURSOR = re.compile(r"t([1-9]\d{0,18})\Z", re.ASCII)
+_SEQ_CURSOR = re.compile(r"t([1-9]\d{0,17})\Z", re.ASCII)
 _USAGE_CURSOR = re.compile(r"u([0-9a-f]{32})\.([01])\Z", re.ASCII)
 
 
@@ -85,8 +85,8 @@ async def transactions(
     billing: BillingService,
     org_id: OwnWallet,
     kind: Annotated[list[Kind] | None, Query()] = None,
-    since: Annotated[AwareDatetime | None, Query(alias="from")] = None,
-    until: Annotated[AwareDatetime | None, Query(alias="to", description="Not included.")] = None,
+    since: Annotated[Timestamp | None, Query(alias="from")] = None,
+    until: Annotated[Timestamp | None, Query(alias="to", description="Not included.")] = None,
     cursor: Cursor = None,
     limit: PageSize = PAGE_DEFAULT,
 ) -> TransactionsAnswer:

@@ -13,6 +13,7 @@ A migration that needs several arguments is bound with functools.partial; `migra
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ ROOT = Path(__file__).parents[1]
 STATE_PREFIX = "tollgate-test-"
 
 Migrate = Callable[[str], object]
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends a session as Ctrl-C does: what was started is stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Postgres:
             environment={"LC_ALL": "C.UTF-8"},
             ports=(self.port,),
             health=self.check,
-            deadline_s=60,
+            deadline_s=120,
             remedy="If the log says that the data is damaged, `make reset` starts over with an empty database.",
             stop_signal="INT",
             stop_wait_s=30,
@@ -113,7 +113,8 @@ class Postgres:
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.CalledProcessError as error:
-            raise LaunchError(f"PostgreSQL's initdb failed: {error.stderr.strip()[-2000:]}") from None
+            hint = "Give this user an entry in /etc/passwd. " if "look up effective user" in error.stderr else ""
+            raise LaunchError(f"{hint}PostgreSQL's initdb failed: {error.stderr.strip()[-2000:]}") from None
         finally:
             password.unlink(missing_ok=True)
         # Only a cluster that initdb finished gets the name that PG_VERSION is looked for under.

@@ -113,7 +113,7 @@ class Services:
             environment=self.environment(service),
             ports=tuple(self.ports[name] for name in names if name in self.ports),
             health=http_health(f"http://{self.address(ready)}/readyz"),
-            deadline_s=60,
+            deadline_s=120,
             remedy=f"The log names the setting or the component that {service} misses; `make status` shows the others.",
             stop_wait_s=DRAIN_TIMEOUT_S + 5,
         )

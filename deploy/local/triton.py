@@ -100,7 +100,7 @@ class Triton:
             },
             ports=(self.http_port, self.grpc_port, self.metrics_port),
             health=http_health(f"http://127.0.0.1:{self.http_port}/v2/health/ready"),
-            deadline_s=60,
+            deadline_s=120,
             remedy="If a shared library is missing, remove .venv-triton and run `make up` again; if memory is, look at "
             "`df /dev/shm` (Docker: --shm-size).",
             stop_wait_s=EXIT_TIMEOUT_S + 5,

@@ -64,7 +64,7 @@ class Unleash:
             environment=self._environment(),
             ports=(self.port,),
             health=http_health(f"{self.url}/health"),
-            deadline_s=120,
+            deadline_s=180,
             remedy="If a package is missing, remove deploy/unleash/node_modules and run `make up` again.",
         )
 

@@ -1,11 +1,13 @@
 """Limits: the 61st request of a minute, and what holds while Valkey is stopped, frozen or emptied."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import openai
 import pytest
 import redis
@@ -16,6 +18,7 @@ from tests.running_stack import RunningStack
 
 PER_MINUTE = 60
 MARGIN_S = 1.5
+ATTEMPTS_MAX = 4
 ANSWER_WITHIN_S = 5.0
 
 
@@ -30,11 +33,26 @@ def without_valkey(stack: RunningStack, user: User) -> Iterator[None]:
         until(lambda: user.ask(max_tokens=1).status_code in (200, 429), what="requests are served again")
 
 
-@pytest.mark.timeout(240)
-def test_the_61st_request_of_a_minute_is_refused_with_a_truthful_retry_after(user: User) -> None:
-    first = time.monotonic()
-    statuses = [user.api.get("/v1/models").status_code for _ in range(PER_MINUTE)]
-    assert statuses == [200] * PER_MINUTE
+def decided_in_valkey(stack: RunningStack) -> int:
+    """How many admissions Valkey has decided. Where it answers late, as on a busy machine, a share of the gateway's own
+    takes over, which may admit one quota more.
+    """
+    text = httpx.get(f"{stack.env['TOLLGATE_GATEWAY_HTTP_URL']}/metrics", timeout=ANSWER_WITHIN_S).text
+    found = re.search(r"^tollgate_gateway_limiter_duration_seconds_count (\S+)", text, re.MULTILINE)
+    return int(float(found[1])) if found else 0
+
+
+@pytest.mark.timeout(300)
+def test_the_61st_request_of_a_minute_is_refused_with_a_truthful_retry_after(
+    stack: RunningStack, fresh_user: NewUser
+) -> None:
+    for _ in range(ATTEMPTS_MAX):
+        user, before = fresh_user(), decided_in_valkey(stack)
+        first = time.monotonic()
+        statuses = [user.api.get("/v1/models").status_code for _ in range(PER_MINUTE + 1)]
+        if decided_in_valkey(stack) - before == PER_MINUTE + 1:
+            break
+    assert statuses == [200] * PER_MINUTE + [429]
     with pytest.raises(openai.RateLimitError) as refused:
         user.openai().models.list()
     headers = refused.value.response.headers

@@ -52,6 +52,8 @@ class RunningStack:
     def kill(self, program: str) -> int:
         """SIGKILL, as an accident would; the supervisor starts it again. Returns the process id that died."""
         pid = self.pid(program)
+        # Process 0 would be the group of the tests themselves.
+        assert pid > 0, f"{program} does not run: {self.log(program)}"
         os.kill(pid, signal.SIGKILL)
         return pid
 

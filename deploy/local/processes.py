@@ -44,6 +44,7 @@ def of_stack(stack_id: str) -> set[int]:
 def send(pids: Iterable[int], number: signal.Signals) -> None:
     """Send a signal; a process that ended meanwhile is fine."""
     for pid in pids:
+        assert pid > 1, "0 and below are groups of processes, 1 is init"
         try:
             os.kill(pid, number)
         except ProcessLookupError:

@@ -54,6 +54,7 @@ def rows(stack: Stack) -> dict[str, status.Row]:
 @pytest.mark.parametrize("name", ["valkey", "postgres"])
 def test_a_killed_program_is_started_again_and_that_shows(running: Stack, name: str) -> None:
     before = rows(running)[name]
+    assert before.pid > 0
     os.kill(before.pid, signal.SIGKILL)
     eventually(lambda: rows(running)[name].pid not in {0, before.pid} and rows(running)[name].problem is None)
     after = rows(running)[name]

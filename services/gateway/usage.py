@@ -1,8 +1,8 @@
 """Usage events: who asked for what, how it ended, how long it took; to a bounded Redis stream, out of the hot path.
 
-`record` appends to a bounded queue and never waits; `run` moves them into the stream `tollgate:usage`, up to
-EVENTS_PER_ENTRY in one entry, whose field `events` is a JSON array of objects ("v": 1). Auth reads it for the last use
-of keys. What does not fit or does not reach Redis is counted and dropped.
+`record` appends to a bounded queue and never waits; `run` moves batches into the stream `apikeys.USAGE_STREAM`, one
+entry a request with one field `event` (JSON, "v": 1). Auth reads it for the last use of keys. What does not fit or does
+not reach Redis is counted and dropped.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import orjson
 
 from services.gateway.exchange import Exchange
+from shared.apikeys import USAGE_STREAM
 from shared.identity import Identity
 from shared.limits import RedisLink, RedisUnavailable
 from shared.telemetry import GatewayMetrics
 
-STREAM = "tollgate:usage"
-STREAM_ENTRIES_MAX = 5_000
-EVENTS_PER_ENTRY = 100
+STREAM_ENTRIES_MAX = 100_000
+BATCH_MAX = 500
 EVENT_VERSION = 1
 
 # ended at (Unix seconds), duration (s), identity, request id, service, route, method, status, bytes in, bytes out
@@ -70,14 +70,18 @@ class UsageEvents:
             await self._flush()
 
     async def _flush(self) -> None:
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), EVENTS_PER_ENTRY))]
-        if not batch:
-            return
-        events = orjson.dumps([_readable(event) for event in batch])
+        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_MAX))]
         try:
-            await self._link.call("XADD", STREAM, "MAXLEN", "~", STREAM_ENTRIES_MAX, "*", "events", events)
+            added = [self._add(orjson.dumps(_readable(event))) for event in batch]
         except RedisUnavailable:
             self._lost.inc(len(batch))
+            return
+        results = await asyncio.gather(*added, return_exceptions=True)
+        if lost := sum(isinstance(result, RedisUnavailable) for result in results):
+            self._lost.inc(lost)
+
+    def _add(self, event: bytes) -> asyncio.Future[Any]:
+        return self._link.call("XADD", USAGE_STREAM, "MAXLEN", "~", STREAM_ENTRIES_MAX, "*", "event", event)
 
 
 def _readable(event: UsageEvent) -> dict[str, Any]:

@@ -8,12 +8,13 @@
 --
 -- State: header, 289 five-minute cells of the day (u32), then a ring of the last `cap` times (u56, µs since 1970):
 -- entry i stands in slot i % cap. Minute and hour are exact: an entry at t counts in (now - W, now]. The day counts
--- the oldest of its cells whole, so it can only be stricter than the truth. Weight 0 looks and records nothing.
+-- the oldest of its cells whole, so it can only be stricter than the truth. The newest cell's count is in the header
+-- and moves to its slot when the next cell begins. Weight 0 looks and records nothing.
 
-local VERSION, HEADER, CELLS, ENTRY = 1, 42, 289, 7
+local VERSION, HEADER, CELLS, ENTRY = 2, 46, 289, 7
 local RING = HEADER + CELLS * 4
 local MINUTE, HOUR, DAY, CELL = 60000000, 3600000000, 86400000000, 300000000
-local FORMAT = '>I1I6I7I4I6I6I6I6'
+local FORMAT = '>I1I6I7I4I6I6I6I6I4'
 
 local state, leases = KEYS[1], KEYS[2]
 local weight, quotas, day_quota = tonumber(ARGV[1]), { tonumber(ARGV[2]), tonumber(ARGV[3]) }, tonumber(ARGV[4])
@@ -25,36 +26,51 @@ local time = redis.call('TIME')
 local real = tonumber(time[1]) * 1000000 + tonumber(time[2])
 
 -- Read.
-local n, last, cap, tails, day_count, day_tail = 0, 0, 0, { 0, 0 }, 0, 0
-local fixed = redis.call('GETRANGE', state, 0, RING - 1)
-if #fixed == RING and fixed:byte(1) == VERSION then
+local n, last, cap, tails, day_count, day_tail, newest_count = 0, 0, 0, { 0, 0 }, 0, 0, 0
+local header = redis.call('GETRANGE', state, 0, HEADER - 1)
+if #header == HEADER and header:byte(1) == VERSION then
   local _
-  _, n, last, cap, tails[1], tails[2], day_count, day_tail = struct.unpack(FORMAT, fixed)
-else
-  fixed = string.rep('\0', RING)
+  _, n, last, cap, tails[1], tails[2], day_count, day_tail, newest_count = struct.unpack(FORMAT, header)
 end
 local now = math.max(real, last) -- a clock that went back stands still here
+local present = math.floor(now / CELL)
+local newest = n > 0 and math.floor(last / CELL) or present
 
 local function entry(i)
   local at = RING + (i % cap) * ENTRY
   return (struct.unpack('>I7', redis.call('GETRANGE', state, at, at + ENTRY - 1)))
 end
 
--- The first entry from `low` on that is later than `limit`, or n: steps that double, then halves.
+local cells -- the slots of all cells, read when one is asked for
+local function slot(i)
+  if not cells then
+    cells = n > 0 and redis.call('GETRANGE', state, HEADER, RING - 1) or string.rep('\0', CELLS * 4)
+  end
+  return (struct.unpack('>I4', cells, (i % CELLS) * 4 + 1))
+end
+local function cell(i)
+  if i == newest then return newest_count end
+  return i < newest and slot(i) or 0 -- what stands in a later cell's slot is left from an earlier round
+end
+
+-- The first entry from `low` on that is later than `limit`, and its time; n when there is none. Steps that double,
+-- then halves.
 local function first_after(limit, low)
   local step = 1
   while low < n do
     local high = math.min(low + step, n) - 1
-    if entry(high) > limit then
+    local at = entry(high)
+    if at > limit then
       while low < high do
         local middle = math.floor((low + high) / 2)
-        if entry(middle) > limit then high = middle else low = middle + 1 end
+        local between = entry(middle)
+        if between > limit then high, at = middle, between else low = middle + 1 end
       end
-      return low
+      return low, at
     end
     low, step = high + 1, step * 2
   end
-  return n
+  return n, now
 end
 
 -- The exact windows.
@@ -62,9 +78,13 @@ local answer, fits = { 0, 0 }, true
 local windows = { MINUTE, HOUR }
 for k = 1, 2 do
   local window, quota = windows[k], quotas[k]
-  tails[k] = last <= now - window and n or first_after(now - window, math.max(tails[k], n - cap))
-  local used, wait, reset = n - tails[k], 0, now + window - real
-  if used > 0 then reset = entry(tails[k]) + window - real end
+  local first = now
+  if last <= now - window then
+    tails[k] = n
+  else
+    tails[k], first = first_after(now - window, math.max(tails[k], n - cap))
+  end
+  local used, wait = n - tails[k], 0
   if weight > quota then
     wait = window
   elseif weight > 0 and used + weight > quota then
@@ -72,29 +92,28 @@ for k = 1, 2 do
   end
   if wait > 0 then fits = false end
   answer[k * 3] = quota - used
-  answer[k * 3 + 1] = reset
+  answer[k * 3 + 1] = first + window - real
   answer[k * 3 + 2] = wait
 end
 
--- The day: cells after the last written one are empty, whatever an earlier round left in their slots.
-local present = math.floor(now / CELL)
-local newest = n > 0 and math.floor(last / CELL) or present
+-- The day. Every loop ends whatever the state says: a script that does not would stop Redis for everybody.
 local oldest = present - CELLS + 1
-local function stored(i) return (struct.unpack('>I4', fixed, HEADER + (i % CELLS) * 4 + 1)) end
-local function cell(i) return i <= newest and stored(i) or 0 end
--- Every loop ends whatever the state says: a script that does not would stop Redis for everybody.
-day_tail = math.max(day_tail, newest - CELLS + 1)
-while day_tail < math.min(oldest, newest + 1) do
-  day_count, day_tail = day_count - cell(day_tail), day_tail + 1
+if present ~= newest then
+  day_tail = math.max(day_tail, newest - CELLS + 1)
+  while day_tail < math.min(oldest, newest + 1) do
+    day_count, day_tail = day_count - cell(day_tail), day_tail + 1
+  end
+  if oldest > newest then day_count = 0 end
+  day_tail = day_count > 0 and math.max(day_tail, oldest) or present
+  while day_tail < present and cell(day_tail) == 0 do day_tail = day_tail + 1 end
+elseif n == 0 then
+  day_tail = present
 end
-if oldest > newest then day_count = 0 end
-day_tail = day_count > 0 and math.max(day_tail, oldest) or present
-while day_tail < present and cell(day_tail) == 0 do day_tail = day_tail + 1 end
 local wait = 0
 if weight > day_quota then
   wait = DAY
 elseif weight > 0 and day_count + weight > day_quota then
-  local excess, i = day_count + weight - day_quota, day_tail
+  local excess, i = day_count + weight - day_quota, math.max(day_tail, oldest)
   while i < present and excess > cell(i) do excess, i = excess - cell(i), i + 1 end
   wait = (i + CELLS) * CELL - real
 end
@@ -114,6 +133,7 @@ if not fits or weight == 0 then
 end
 
 -- Write. A ring of the wrong length is rebuilt; it shrinks only when the hour in it fits into the shorter one.
+local fresh = n == 0
 local needed = math.max(quotas[1], quotas[2])
 if cap < needed or (cap > needed and n - tails[2] <= needed) then
   local keep = math.min(n, cap, needed)
@@ -126,19 +146,25 @@ if cap < needed or (cap > needed and n - tails[2] <= needed) then
       ring = ring .. redis.call('GETRANGE', state, RING, RING + (keep - straight) * ENTRY - 1)
     end
   end
-  redis.call('SET', state, fixed .. ring)
+  slot(0)
+  redis.call('SET', state, string.rep('\0', HEADER) .. cells .. ring, 'KEEPTTL')
   for k = 1, 2 do tails[k] = math.max(tails[k] - (n - keep), 0) end
   n, cap = keep, needed
 end
 local stamp = struct.pack('>I7', now)
 for i = n, n + weight - 1 do redis.call('SETRANGE', state, RING + (i % cap) * ENTRY, stamp) end
-for i = math.max(newest + 1, oldest), present - 1 do
-  if stored(i) > 0 then redis.call('SETRANGE', state, HEADER + (i % CELLS) * 4, '\0\0\0\0') end
+if present ~= newest then
+  redis.call('SETRANGE', state, HEADER + (newest % CELLS) * 4, struct.pack('>I4', newest_count))
+  for i = math.max(newest + 1, oldest), present - 1 do
+    if slot(i) > 0 then redis.call('SETRANGE', state, HEADER + (i % CELLS) * 4, '\0\0\0\0') end
+  end
+  newest_count = 0
 end
-redis.call('SETRANGE', state, HEADER + (present % CELLS) * 4, struct.pack('>I4', cell(present) + weight))
-redis.call('SETRANGE', state, 0,
-  struct.pack(FORMAT, VERSION, n + weight, now, cap, tails[1], tails[2], day_count + weight, day_tail))
-redis.call('PEXPIRE', state, math.ceil((now - real + DAY + CELL) / 1000))
+redis.call('SETRANGE', state, 0, struct.pack(FORMAT, VERSION, n + weight, now, cap, tails[1], tails[2],
+  day_count + weight, day_tail, newest_count + weight))
+if fresh or present ~= newest then -- once a cell is enough: until then it lives a cell longer than it must
+  redis.call('PEXPIRE', state, math.ceil((now - real + DAY + 2 * CELL) / 1000))
+end
 if concurrency > 0 then
   local ttl = tonumber(ARGV[7])
   redis.call('ZREMRANGEBYSCORE', leases, '-inf', string.format('%.0f', real))

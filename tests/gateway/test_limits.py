@@ -40,7 +40,7 @@ async def test_retry_after_is_when_it_works_again(gateway: Gateway, directory: D
     assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
     # Age the one recorded request by 58 s: its time stands first in the ring, after the header and the day's cells.
     name = await _state_name(redis, str(key.org_id))
-    at = 42 + 289 * 4
+    at = 46 + 289 * 4
     stored = await redis.getrange(name, at, at + 6)
     assert isinstance(stored, bytes)
     recorded = int.from_bytes(stored, "big")

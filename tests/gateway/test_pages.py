@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from services.gateway.openapi import merge
 from services.gateway.upstreams import ROUTES, RouteTable
-from services.gateway.usage import STREAM
+from shared.apikeys import USAGE_STREAM
 from tests.conftest import Components
 from tests.gateway.harness import Backend, Directory, Gateway, answer, gateway, settings
 from tests.gateway.outages import free_port
@@ -150,6 +150,6 @@ async def test_usage_events_say_who_and_how(
 
 
 async def _events(redis: Redis, request_id: str) -> list[dict[str, Any]]:
-    entries: Any = await redis.xrange(STREAM)
-    events = [event for _, fields in entries for event in json.loads(fields[b"events"])]
+    entries: Any = await redis.xrange(USAGE_STREAM)
+    events = [json.loads(fields[b"event"]) for _, fields in entries]
     return [event for event in events if event["request_id"] == request_id]

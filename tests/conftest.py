@@ -27,7 +27,7 @@ from deploy.local.postgres import OWNER, Postgres
 from deploy.local.progress import Progress
 from deploy.local.shutdown import stop_everything
 from deploy.local.stack import STEPS, Stack
-from deploy.local.state import STATE_MARK, Layout, pick_port
+from deploy.local.state import Layout, pick_port
 from tests.running_stack import RunningStack
 
 ROOT = Path(__file__).parents[1]
@@ -115,8 +115,8 @@ def _stop_abandoned() -> None:
         if not owner.exists() or state.stat().st_uid != os.geteuid():
             continue
         if not processes.is_alive(int(owner.read_text())):
-            for mark in state.glob(f"*/{STATE_MARK}"):
-                stop_everything(Layout(ROOT, mark.parent))
+            for directory in (state, *(path for path in state.iterdir() if path.is_dir())):
+                stop_everything(Layout(ROOT, directory))
             shutil.rmtree(state, ignore_errors=True)
 
 

@@ -114,6 +114,9 @@ async def test_a_key_makes_only_keys_that_can_do_no_more_than_itself(auth: Auth)
     assert await by_key(scopes=["chat"], models=["chat-mini", "other"]) == 403
     assert await by_key(scopes=["chat"]) == 403  # null would be every model
     wide = await auth.key(user, scopes=["keys:write", "chat"])
+    narrow = await auth.key(user, scopes=["keys:write"])
+    rotated = await auth.call("POST", f"{KEYS}/{wide['id']}/rotate", key=narrow["key"])
+    assert (rotated.status_code, rotated.json()["code"]) == (403, "scope_not_held")
     for method, path, body in (
         ("POST", f"{KEYS}/{wide['id']}/rotate", {}),
         ("PATCH", f"{KEYS}/{wide['id']}", {"models": None}),

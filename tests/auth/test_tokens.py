@@ -16,8 +16,8 @@ from jose.exceptions import JWTError
 from pydantic import SecretStr
 
 from services.auth.errors import SigningKeyUnreadable
-from tests.auth.harness import Auth, running
-from tests.conftest import Components
+from tests.auth.harness import Auth, migrate, running
+from tests.conftest import Components, FreshDatabase
 
 
 def encode(part: dict[str, Any]) -> str:
@@ -104,9 +104,15 @@ async def test_an_access_token_expires(auth: Auth) -> None:
     assert claims["iat"] <= time.time() + 600
 
 
-async def test_replicas_that_start_at_once_share_one_signing_key(owner_url: str, components: Components) -> None:
+@pytest.fixture(scope="module")
+def unstarted_url(fresh_database: FreshDatabase) -> str:
+    """A migrated database on which auth never ran: it has no signing key yet."""
+    return fresh_database("auth", migrate=migrate)
+
+
+async def test_replicas_that_start_at_once_share_one_signing_key(unstarted_url: str, components: Components) -> None:
     async def kids() -> list[str]:
-        async with running(owner_url, components.redis_url) as auth:
+        async with running(unstarted_url, components.redis_url) as auth:
             return [key["kid"] for key in (await jwks(auth))["keys"]]
 
     found = await asyncio.gather(*(kids() for _ in range(4)))

@@ -110,7 +110,7 @@ def create_server(ring: IdentityRing, metrics: GrpcMetrics) -> aio.Server:
     """A gRPC server; add servicers, then hand it to the runtime, which binds, starts and drains it."""
     return aio.server(
         interceptors=(ServerInterceptor(ring, metrics),),
-        options=_OPTIONS,
+        options=[*_OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2)],
         maximum_concurrent_rpcs=CONCURRENT_CALLS_MAX,
     )
 

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.types import ASGIApp
 
+from shared.http_protocol import GuardedHttpProtocol
 from shared.telemetry import configure_logging, configure_tracing, get_logger
 from shared.web import Readiness
 
@@ -153,7 +155,7 @@ def _uvicorn(server: HttpServer, drain_timeout_s: float) -> uvicorn.Server:
         host=host,
         port=int(port),
         loop="none",
-        http="httptools",
+        http=GuardedHttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -173,14 +175,17 @@ def _bind_grpc(server: aio.Server, listen: str) -> None:
 
 
 async def _keep_running(name: str, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a background task for ever: one that fails is logged and begun again, ever later."""
+    """Run a background task for ever: one that fails is logged and begun again, ever later if it fails at once."""
     failures = 0
     while True:
+        began_s = time.monotonic()
         try:
             await make()
         except asyncio.CancelledError:
             raise
         except Exception:
+            if time.monotonic() - began_s > RESTART_BACKOFF_S[-1]:
+                failures = 0
             log.exception("task_failed", task=name, failures=failures + 1)
             delay = RESTART_BACKOFF_S[min(failures, len(RESTART_BACKOFF_S) - 1)]
             failures += 1

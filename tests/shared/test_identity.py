@@ -48,6 +48,11 @@ def test_no_model_is_not_every_model(ring: IdentityRing, models: tuple[str, ...]
     assert ring.verify(ring.sign(Identity(kind="key", models=models))).models == models
 
 
+def test_a_hundred_long_model_names_fit(ring: IdentityRing) -> None:
+    models = tuple(f"{i:03}{'m' * 125}" for i in range(100))
+    assert ring.verify(ring.sign(Identity(kind="key", models=models))).models == models
+
+
 def test_it_expires(ring: IdentityRing, clock: FixedClock) -> None:
     token = ring.sign(CALLER)
     clock.advance(LIFETIME_S + CLOCK_SKEW_S - 1)
@@ -72,7 +77,7 @@ def test_every_changed_byte_is_refused(ring: IdentityRing) -> None:
             ring.verify(forged)
 
 
-@pytest.mark.parametrize("junk", [None, "", ".", "v1.a..", "v1.b.e30.AA", "v2.a.e30.AA", "v1.a.%.%", "x" * 10_000])
+@pytest.mark.parametrize("junk", [None, "", ".", "v1.a..", "v1.b.e30.AA", "v2.a.e30.AA", "v1.a.%.%", "x" * 40_000])
 def test_junk_is_refused(ring: IdentityRing, junk: str | None) -> None:
     with pytest.raises(Unauthenticated):
         ring.verify(junk)
@@ -96,9 +101,9 @@ def test_a_bad_ring_is_named_and_its_secret_is_not(setting: str) -> None:
     ("scopes", "asked", "granted"),
     [
         (("*",), "chat", True),
-        (("billing:*",), "billing:write", True),
+        (("chat", "billing:write"), "billing:write", True),
         (("billing:read",), "billing:write", False),
-        (("bill:*",), "billing:write", False),
+        (("billing:*",), "billing:write", False),
         ((), "chat", False),
     ],
 )
@@ -108,7 +113,7 @@ def test_scopes(scopes: tuple[str, ...], asked: str, granted: bool) -> None:
 
 def test_a_key_has_its_owners_roles_only_with_the_admin_scope() -> None:
     with pytest.raises(PermissionDenied):
-        Identity(kind="key", roles=("admin",), scopes=("*:*",)).require_role("admin")
+        Identity(kind="key", roles=("admin",), scopes=("chat",)).require_role("admin")
     Identity(kind="key", roles=("admin",), scopes=("admin",)).require_role("admin")
     with pytest.raises(Unauthenticated):
         Identity(kind="anonymous", roles=("admin",), scopes=("*",)).require_role("admin")
@@ -117,4 +122,4 @@ def test_a_key_has_its_owners_roles_only_with_the_admin_scope() -> None:
 def test_the_claims_carry_no_empty_fields(ring: IdentityRing) -> None:
     claims = ring.sign(Identity(kind="anonymous")).split(".")[2]
     decoded = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
-    assert set(decoded) == {"kind", "plan", "iat", "exp", "rid"}
+    assert set(decoded) == {"kind", "plan", "iat", "exp"}

@@ -29,8 +29,3 @@ def create_redis(
         retry=Retry(NoBackoff(), 0),
         max_connections=connections_max,
     )
-
-
-async def ping(redis: Redis) -> None:
-    """Raise unless Redis answers: for /readyz."""
-    await redis.ping()

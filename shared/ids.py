@@ -18,11 +18,6 @@ def uuid7(unix_ms: int | None = None) -> UUID:
     return UUID(int=(ms & ((1 << 48) - 1)) << 80 | 0x7 << 76 | rand_a << 64 | 0b10 << 62 | rand_b)
 
 
-def uuid7_unix_ms(value: UUID) -> int:
-    """The millisecond at which a UUIDv7 was made."""
-    return value.int >> 80
-
-
 def request_id() -> str:
     """A new request id: `req_` and 32 hexadecimal digits."""
     return f"req_{uuid7().hex}"

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -129,3 +130,23 @@ def test_an_engine_process_that_dies_ends_its_streams_with_an_error_and_is_repla
         )
     stack.wait_healthy()
     check_books(stack, customers)
+
+
+def test_a_chat_service_that_is_told_to_stop_finishes_its_streams_first(stack: RunningStack, user: User) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        body = asking(stream=True, max_tokens=700, temperature=2.0, presence_penalty=2.0)
+        with user.api.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            stopping = pool.submit(stack.stop, "chat")
+            rest = [line for line in lines if line]
+        stopping.result()
+    try:
+        assert rest[-1] == "data: [DONE]"
+        refused = user.ask()
+        assert refused.status_code in (502, 503)
+        assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
+        assert int(refused.headers["retry-after"]) >= 1
+    finally:
+        stack.start("chat")
+    assert user.wallet().held == 0

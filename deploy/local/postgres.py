@@ -131,19 +131,22 @@ class Postgres:
         """Run SQL through psql, each statement on its own; the rows come back unaligned, `|` between columns.
 
         The SQL travels on standard input and the password in the environment: neither shows in `ps`.
-        Raises NotReady when the server refuses the connection, LaunchError for an SQL error.
+        Raises NotReady when the server refuses the connection or does not answer, LaunchError for an SQL error.
         """
         url = self.url(user=user, database=database)
         without_password, password = url.replace(self._password(url), "", 1), self._password(url)
-        result = subprocess.run(
-            (str(binaries() / "psql"), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", without_password),
-            input=sql,
-            env={"PATH": os.defpath, "PGPASSWORD": password, "PGCONNECT_TIMEOUT": "5", "HOME": "/"},
-            capture_output=True,
-            text=True,
-            timeout=SQL_TIMEOUT_S,
-            check=False,
-        )
+        try:
+            result = subprocess.run(
+                (str(binaries() / "psql"), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", without_password),
+                input=sql,
+                env={"PATH": os.defpath, "PGPASSWORD": password, "PGCONNECT_TIMEOUT": "5", "HOME": "/"},
+                capture_output=True,
+                text=True,
+                timeout=SQL_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise NotReady(f"PostgreSQL does not answer within {SQL_TIMEOUT_S:.0f} s") from None
         if result.returncode == 2:  # psql: the connection was not made, or was lost
             raise NotReady(f"PostgreSQL does not accept a connection: {result.stderr.strip()[-300:]}")
         if result.returncode != 0:

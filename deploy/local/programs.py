@@ -1,5 +1,6 @@
 """What the supervisor must know of one program of the stack."""
 
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ def http_health(url: str) -> Callable[[], None]:
             with error:
                 detail = error.read(300).decode(errors="replace").strip()
             raise NotReady(f"{url} answers {error.code}: {detail}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise NotReady(f"{url} does not answer: {error}") from None
 
     return check

@@ -61,6 +61,7 @@ class Admission:
         tokens: AccessTokens,
         limiter: RedisLimiter,
         local: LocalLimiter,
+        local_addresses: LocalLimiter,
         clock: Clock,
         metrics: GatewayMetrics,
         user_limits: Limits,
@@ -70,6 +71,7 @@ class Admission:
         self._tokens = tokens
         self._limiter = limiter
         self._local = local
+        self._local_addresses = local_addresses  # apart, so that many addresses never crowd out a key
         self._clock = clock
         self._user_limits = user_limits
         self._anonymous_limits = anonymous_limits
@@ -100,7 +102,7 @@ class Admission:
             network = _network(address)
             subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
             identity = Identity(kind="anonymous", address=address)
-            return self._judged(identity, None, await self._decide(subject, route.weight))
+            return self._judged(identity, None, await self._decide(subject, route.weight, self._local_addresses))
         if not credential:
             raise Unauthenticated()
         if credential.startswith(apikeys.PREFIX):
@@ -113,7 +115,8 @@ class Admission:
         identity = replace(await self._tokens.verify(token), address=address)
         denied = _denial(route, method, identity)
         subject = Subject(tag=identity.org_id, limit_id=identity.limit_id, limits=self._user_limits)
-        return self._judged(identity, denied, await self._decide(subject, 0 if denied else route.weight))
+        weight = 0 if denied else route.weight
+        return self._judged(identity, denied, await self._decide(subject, weight, self._local))
 
     async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
         found = await self._keys.find(secret, _network(address))
@@ -130,17 +133,17 @@ class Admission:
                     identity = record.identity(address)
                     denied = _denial(route, method, identity)
                     weight = 0 if denied else route.weight
-                decision = self._decide_locally(record.subject, weight)
+                decision = self._decide_locally(self._local, record.subject, weight)
             if decision.verdict is not Verdict.STALE:
                 return self._judged(identity, denied, decision)
             record, fresh = await self._keys.refresh(record), True
         raise Unavailable("Keys cannot be checked right now. Retry.", retry_after_s=1, detail="version never matched")
 
-    async def _decide(self, subject: Subject, weight: int) -> Decision:
+    async def _decide(self, subject: Subject, weight: int, local: LocalLimiter) -> Decision:
         try:
             return await self._decide_in_redis(subject, weight)
         except RedisUnavailable:
-            return self._decide_locally(subject, weight)
+            return self._decide_locally(local, subject, weight)
 
     async def _decide_in_redis(self, subject: Subject, weight: int) -> Decision:
         started = time.perf_counter()
@@ -148,9 +151,9 @@ class Admission:
         self._duration_s.observe(time.perf_counter() - started)
         return decision
 
-    def _decide_locally(self, subject: Subject, weight: int) -> Decision:
+    def _decide_locally(self, local: LocalLimiter, subject: Subject, weight: int) -> Decision:
         try:
-            return self._local.admit(subject, weight=weight, parts=self.live_gateways)
+            return local.admit(subject, weight=weight, parts=self.live_gateways)
         except TooManySubjects as e:
             raise Unavailable("Limits cannot be checked right now. Retry.", retry_after_s=1) from e
 

@@ -68,6 +68,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         tokens=AccessTokens(key_set, floor.clock),
         limiter=limiter,
         local=LocalLimiter(floor.clock),
+        local_addresses=LocalLimiter(floor.clock),
         clock=floor.clock,
         metrics=floor.metrics,
         user_limits=settings.user_limits,

@@ -12,7 +12,7 @@ broken stream for a complete one.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 from multidict import CIMultiDict
@@ -71,7 +71,6 @@ NOT_RETURNED = HOP_BY_HOP | frozenset(
     )
 )
 INTERNAL_PREFIX = b"x-tollgate-"
-LIMIT_PREFIXES = (b"ratelimit", b"x-ratelimit-")
 WHOLE_BYTES_MAX = 64 * 1024  # a response known to be this small goes out in one piece, or as a clean 502
 CONNECTIONS_MAX = 4_096
 SIGNED_ENTRIES_MAX = 10_000
@@ -196,7 +195,7 @@ class Relay:
 
     async def _answer(self, exchange: Exchange, response: aiohttp.ClientResponse, watch: Watch) -> None:
         watch.first_byte()
-        headers = _response_headers(response, limited=bool(exchange.extra_headers))
+        headers = _response_headers(response, exchange.extra_headers)
         length = response.content_length
         if length is not None and length <= WHOLE_BYTES_MAX:
             data = await response.content.read()
@@ -289,13 +288,14 @@ def too_large(bytes_max: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"The body is larger than {bytes_max} bytes.", headers={"connection": "close"})
 
 
-def _response_headers(response: aiohttp.ClientResponse, *, limited: bool) -> RawHeaders:
+def _response_headers(response: aiohttp.ClientResponse, own: Mapping[str, str]) -> RawHeaders:
+    """The service's headers without those that are hop-by-hop, internal, or the gateway's `own`."""
     dropped = NOT_RETURNED | _named_in_connection(response.headers.get("connection"))
     headers: RawHeaders = []
     has_policy = False
     for name, value in response.raw_headers:
         lower = name.lower()
-        if lower in dropped or lower.startswith(INTERNAL_PREFIX) or (limited and lower.startswith(LIMIT_PREFIXES)):
+        if lower in dropped or lower.startswith(INTERNAL_PREFIX) or lower.decode("latin-1") in own:
             continue
         has_policy = has_policy or lower == b"cache-control"
         headers.append((lower, value))

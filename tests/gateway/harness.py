@@ -27,6 +27,7 @@ from services.gateway.settings import GatewaySettings
 from shared import apikeys
 from shared.clock import SystemClock
 from shared.database import dsn
+from shared.http_protocol import GuardedHttpProtocol
 from shared.identity import HEADER, Identity, IdentityRing
 from shared.web import Readiness
 from tests.conftest import role_url
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
                 host="127.0.0.1",
                 port=self.port,
                 loop="none",
-                http="httptools",
+                http=GuardedHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -93,6 +93,7 @@ async def test_what_must_not_leave_a_service_does_not(gateway: Gateway, backend:
     assert "secret" not in str(response.headers)
     assert response.headers["x-request-id"].startswith("req_")
     assert response.headers["x-ratelimit-limit-requests"] == "60"
+    assert response.headers["x-ratelimit-limit-tokens"] == "5"
     assert response.headers["x-custom"] == "kept"
     assert response.headers.get_list("set-cookie") == ["a=1", "b=2"]
     assert len(response.headers.get_list("date")) == 1

@@ -7,9 +7,9 @@
         receipt = await hold.settle(build="chat-mini-q8_0", finish_reason="stop")
 
 How a hold ends:
-- `settle` posts the usage and releases the rest. It waits at most `settle_wait_s` for the ledger; when that is away it
-  returns None and goes on trying in the background for `resolution_timeout_s`, with the same id, so nothing is taken
-  twice.
+- `settle` posts the usage and releases the rest. It waits at most `settle_wait_s` for the ledger; when that is away, or
+  fails in any way that is not a refusal, it returns None and goes on trying in the background for
+  `resolution_timeout_s`, with the same id, so nothing is taken twice.
 - A block that is left without `settle` (exception, cancellation, return) settles what was recorded if any output
   token was, with finish_reason `cancelled` or `error`; otherwise it voids the hold. Cancellation does not reach the
   resolution: that runs in a task of its own, and `Metering.close` waits for it.
@@ -18,7 +18,7 @@ How a hold ends:
   comes later still posts only the remainder.
 
 Raises from entering: PaymentRequired (`insufficient_quota`, `credits_reserved`), NotFound (`model_not_priced`),
-PermissionDenied (`wallet_frozen`), Unprocessable (`idempotency_mismatch`), InvalidRequest, Unavailable, Timeout.
+PermissionDenied (`wallet_frozen`), Conflict, Unprocessable (`idempotency_mismatch`), InvalidRequest, Unavailable.
 Nothing after that raises but cancellation: an answer that the client has already read does not fail over its bill.
 """
 
@@ -36,7 +36,7 @@ from uuid import UUID
 import structlog
 from prometheus_client import Counter
 
-from shared.errors import InvalidRequest, Timeout, TollgateError, Unavailable
+from shared.errors import InvalidRequest, TollgateError, Unavailable
 from shared.grpc import Caller
 from shared.identity import Identity
 from shared.ids import uuid7
@@ -47,7 +47,9 @@ from shared.telemetry import get_logger
 log = get_logger(__name__)
 
 HEARTBEATS_PER_LIFE = 3
-TRANSIENT = (Unavailable, Timeout)
+# The ledger's own decisions: the same call would get the same answer. Anything else (a full disk, a database that has
+# become read-only, keys being rotated) is a fault that somebody ends.
+REFUSAL_STATUSES = frozenset({400, 402, 403, 404, 409, 422})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class Metering:
         return Hold(self, hold_id, request)
 
     async def prices(self, *, org_id: str = "", plan: str = "default") -> list[Price]:
-        """The prices in force now for a customer. Raises Unavailable or Timeout."""
+        """The prices in force now for a customer. Raises TollgateError."""
         request = pb.ListPricesRequest(org_id=org_id, plan=plan)
         reply = await self.call(self._stub.ListPrices, request)
         return [
@@ -180,12 +182,14 @@ class Metering:
         return await self._caller.call(method, request, timeout_s=self.limits.call_timeout_s)
 
     async def place(self, request: pb.HoldRequest) -> pb.HoldReply:
-        """Ask for a hold, again with the same id while the ledger is away, for at most `hold_timeout_s`."""
+        """Ask for a hold, again with the same id until the ledger decides, for at most `hold_timeout_s`."""
         try:
             reply: pb.HoldReply = await self._until_answered(
                 self._stub.Hold, request, time.monotonic() + self.limits.hold_timeout_s
             )
-        except TRANSIENT as e:
+        except TollgateError as e:
+            if e.status in REFUSAL_STATUSES:
+                raise
             self.start(self._forget(request))
             raise Unavailable(
                 "Billing is not available right now. Retry.", code="billing_unavailable", retry_after_s=1
@@ -233,15 +237,15 @@ class Metering:
             raise
 
     async def _until_answered(self, method: Any, request: Any, deadline_s: float) -> Any:
-        """Call again while the ledger is away. Raises its refusal, or the last failure once the time is over."""
+        """Call again until the ledger decides. Raises its refusal, or the last failure once the time is over."""
         attempt = 0
         while True:
             attempt += 1
             try:
                 return await self.call(method, request)
-            except TRANSIENT:
+            except TollgateError as e:
                 pause_s = self._backoff_s(attempt)
-                if time.monotonic() + pause_s > deadline_s:
+                if e.status in REFUSAL_STATUSES or time.monotonic() + pause_s > deadline_s:
                     raise
             await asyncio.sleep(pause_s)
 

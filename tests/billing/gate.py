@@ -35,6 +35,12 @@ class Gate:
     def open(self) -> None:
         self._is_open = True
 
+    def lead_to(self, host: str, port: int) -> None:
+        """Another target from now on; connections to the former one break."""
+        self._target = (host, port)
+        self.shut()
+        self.open()
+
     def lose_answer(self, after: bytes = b"") -> None:
         """The next message that contains `after` arrives; the connection breaks before its answer is relayed."""
         self._lose_after = after

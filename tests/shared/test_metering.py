@@ -4,121 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from uuid import UUID, uuid4
 
 import anyio
 import pytest
-import pytest_asyncio
-from prometheus_client import CollectorRegistry, Counter
 
-from services.billing.domain import WalletView
 from shared.errors import InvalidRequest, NotFound, PaymentRequired, Unavailable
-from shared.grpc import Caller
 from shared.identity import Identity
-from shared.metering import Hold, Metering, MeteringLimits, Receipt, Usage
-from tests.billing.gate import Gate, gate_to
-from tests.billing.harness import (
-    MODEL,
-    SIGNUP_NANO,
-    App,
-    Ledger,
-    caller,
-    ledger_on,
-    migrate,
-    person,
-    running,
-    wait_until,
-)
-from tests.conftest import FreshDatabase
+from shared.metering import MeteringLimits, Receipt, Usage
+from tests.billing.harness import MODEL, SIGNUP_NANO, wait_until
+from tests.shared.metering_customer import Customer
 
-LIMITS = MeteringLimits(
-    hold_ttl_ms=60_000, call_timeout_s=5, settle_wait_s=30, resolution_timeout_s=60, backoff_max_s=0.2
-)
 IMPATIENT = MeteringLimits(hold_ttl_ms=60_000, call_timeout_s=1, settle_wait_s=0.1, backoff_max_s=0.2)
-
-
-@dataclass
-class Billing:
-    """The service behind a gate, and its ledger."""
-
-    app: App
-    ledger: Ledger
-    gate: Gate
-
-
-@pytest.fixture(scope="module")
-def owner_url(fresh_database: FreshDatabase) -> str:
-    return fresh_database("billing", migrate=migrate)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def billing(owner_url: str) -> AsyncIterator[Billing]:
-    async with AsyncExitStack() as stack:
-        ledger = await stack.enter_async_context(ledger_on(owner_url))
-        app = await stack.enter_async_context(running(owner_url))
-        host, _, port = app.grpc_target.partition(":")
-        gate = await stack.enter_async_context(gate_to(host, int(port)))
-        yield Billing(app, ledger, gate)
-
-
-@dataclass
-class Customer:
-    """Somebody with a wallet of their own, and a metering client for them."""
-
-    billing: Billing
-    chat: Caller
-    org_id: UUID
-    identity: Identity
-    metering: Metering
-    failures: Counter
-
-    def client(self, limits: MeteringLimits) -> Metering:
-        return Metering(self.chat, limits=limits, failures=self.failures)
-
-    def hold(self, max_output_tokens: int = 100, *, metering: Metering | None = None, clamp: bool = False) -> Hold:
-        return (metering or self.metering).hold(
-            self.identity, model=MODEL, input_tokens=3, max_output_tokens=max_output_tokens, clamp=clamp
-        )
-
-    async def wallet(self) -> WalletView:
-        return await self.billing.ledger.wallet(self.org_id)
-
-    async def spent(self) -> int:
-        wallet = await self.wallet()
-        assert wallet.held == 0
-        return wallet.spent
-
-    async def finish_reason(self) -> str | None:
-        reason: str | None = await self.billing.ledger.pool.fetchval(
-            "SELECT finish_reason FROM billing.usage WHERE wallet_id = $1", self.org_id
-        )
-        return reason
-
-    def failed(self) -> int:
-        return int(self.failures._value.get())
-
-    async def until_spent(self, nano: int) -> None:
-        async def reached() -> bool:
-            wallet = await self.wallet()
-            return (wallet.held, wallet.spent) == (0, nano)
-
-        await wait_until(reached, f"{nano} spent and nothing held")
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def customer(billing: Billing) -> AsyncIterator[Customer]:
-    billing.gate.open()
-    chat = caller(f"127.0.0.1:{billing.gate.port}")
-    org_id = uuid4()
-    failures = Counter("failures", "Given up.", registry=CollectorRegistry())
-    metering = Metering(chat, limits=LIMITS, failures=failures)
-    yield Customer(billing, chat, org_id, person(org_id), metering, failures)
-    billing.gate.open()
-    await metering.close()
-    await chat.close()
-    await billing.ledger.verified()
 
 
 async def test_a_request_pays_exactly_what_it_settles(customer: Customer) -> None:

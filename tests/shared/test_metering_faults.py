@@ -1,0 +1,61 @@
+"""Metering when the ledger fails, or the process that holds: usage is not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+import pytest
+from pydantic import SecretStr
+
+from services.billing.ledger.operations import Void
+from shared.errors import Unavailable
+from shared.metering import MeteringLimits, Receipt, Usage
+from tests.billing.harness import SIGNUP_NANO, owner, running
+from tests.shared.metering_customer import Customer, address
+
+
+async def test_a_settlement_outlasts_a_fault_of_the_ledger(customer: Customer) -> None:
+    """One that says internal_error, which a refusal never does."""
+    connection = await owner(customer.billing.ledger.owner_url)
+    async with customer.hold() as hold:
+        hold.record(Usage(3, 0, 21))
+        await connection.execute("ALTER TABLE billing.usage ADD CONSTRAINT fault CHECK (false) NOT VALID")
+        try:
+            settling = asyncio.create_task(hold.settle(build="b", finish_reason="stop"))
+            done, _ = await asyncio.wait({settling}, timeout=0.5)
+        finally:
+            await connection.execute("ALTER TABLE billing.usage DROP CONSTRAINT fault")
+            await connection.close()
+        assert not done
+        assert await settling == Receipt(21, 21, 0, SIGNUP_NANO - 21)
+    assert await customer.spent() == 21
+    assert customer.failed() == 0
+
+
+async def test_a_settlement_outlasts_a_rotation_of_keys(customer: Customer, owner_url: str) -> None:
+    """Billing has the new keys before the caller has them."""
+    gate, former = customer.billing.gate, customer.billing.app.grpc_target
+    new_keys = SecretStr(f"new:{base64.b64encode(b'n' * 32).decode()}")
+    async with running(owner_url, identity_keys=new_keys) as app, customer.hold() as hold:
+        hold.record(Usage(3, 0, 21))
+        gate.lead_to(*address(app.grpc_target))
+        try:
+            settling = asyncio.create_task(hold.settle(build="b", finish_reason="stop"))
+            done, _ = await asyncio.wait({settling}, timeout=0.5)
+            with pytest.raises(Unavailable):
+                async with customer.hold(metering=customer.client(MeteringLimits(hold_timeout_s=0.2))):
+                    raise AssertionError("the block is not entered")
+        finally:
+            gate.lead_to(*address(former))
+        assert not done
+        assert await settling == Receipt(21, 21, 0, SIGNUP_NANO - 21)
+    assert customer.failed() == 0
+
+
+async def test_a_refused_settlement_is_given_up_at_once(customer: Customer) -> None:
+    async with customer.hold() as hold:
+        await customer.billing.ledger.writer.apply(Void(customer.org_id, hold.id, "by somebody else"))
+        assert await hold.settle(build="b", finish_reason="stop", usage=Usage(3, 0, 21)) is None
+    assert (customer.metering.pending, customer.failed()) == (0, 1)
+    assert await customer.spent() == 0

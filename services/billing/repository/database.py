@@ -32,7 +32,9 @@ TRANSIENT: tuple[type[BaseException], ...] = (
     asyncpg.UniqueViolationError,  # another transaction was first with this key; the next look finds it
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.InsufficientResourcesError,  # connections, memory, disk
+    asyncpg.ReadOnlySQLTransactionError,  # a standby, before or after a failover
+    asyncpg.InvalidCachedStatementError,  # a migration has changed a table; the next attempt prepares anew
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # the driver's word for a connection that broke at an awkward moment

@@ -13,9 +13,9 @@ How a hold ends:
 - A block that is left without `settle` (exception, cancellation, return) settles what was recorded if any output
   token was, with finish_reason `cancelled` or `error`; otherwise it voids the hold. Cancellation does not reach the
   resolution: that runs in a task of its own, and `Metering.close` waits for it.
-- Meanwhile a heartbeat every third of the hold's life extends it and stores the usage so far. When this process dies,
-  or the ledger stays away too long, billing's sweeper settles that usage once the hold has expired; a settlement that
-  comes later still posts only the remainder.
+- Meanwhile heartbeats, soon after the first output token and every third of the hold's life, extend it and store the
+  usage so far. When this process dies, or the ledger stays away too long, billing's sweeper settles that usage once the
+  hold has expired; a settlement that comes later still posts only the remainder.
 
 Raises from entering: PaymentRequired (`insufficient_quota`, `credits_reserved`), NotFound (`model_not_priced`),
 PermissionDenied (`wallet_frozen`), Conflict, Unprocessable (`idempotency_mismatch`), InvalidRequest, Unavailable.
@@ -47,8 +47,7 @@ from shared.telemetry import get_logger
 log = get_logger(__name__)
 
 HEARTBEATS_PER_LIFE = 3
-# The ledger's own decisions: the same call would get the same answer. Anything else (a full disk, a database that has
-# become read-only, keys being rotated) is a fault that somebody ends.
+# The ledger's decisions, which stand. Anything else (a full disk, a rotation of keys) is a fault, and passes.
 REFUSAL_STATUSES = frozenset({400, 402, 403, 404, 409, 422})
 
 
@@ -57,6 +56,7 @@ class MeteringLimits:
     """Every wait of the client. Times in the unit of their name."""
 
     hold_ttl_ms: int = 30_000
+    first_heartbeat_ms: int = 1_000
     hold_life_max_s: float = 3_600.0
     call_timeout_s: float = 2.0
     hold_timeout_s: float = 4.0
@@ -296,7 +296,7 @@ class Hold:
         self.output_tokens = reply.output_tokens
         self.amount_nano = reply.amount_nano
         self.price_id = reply.price_id
-        self._schedule_beat()
+        self._schedule_beat(self._beat_interval_s)
         return self
 
     async def __aexit__(
@@ -313,7 +313,11 @@ class Hold:
 
     def record(self, usage: Usage) -> None:
         """Remember the cumulative usage so far; the next heartbeat carries it. Never goes down."""
+        is_first_output = self.usage.output_tokens == 0 < usage.output_tokens
         self.usage = self.usage.at_least(usage)
+        if is_first_output and self._timer is not None and not self._is_resolved:
+            left_s = self._timer.when() - asyncio.get_running_loop().time()
+            self._schedule_beat(min(left_s, self._metering.limits.first_heartbeat_ms / 1000))
 
     async def settle(
         self, *, build: str, finish_reason: str, usage: Usage | None = None, duration_ms: int | None = None
@@ -338,7 +342,7 @@ class Hold:
             )
             self._begin(self._metering.settle(request))
         receipt = await self._outcome()
-        assert receipt is None or isinstance(receipt, Receipt)
+        assert isinstance(receipt, Receipt | None)
         return receipt
 
     async def void(self, reason: str) -> None:
@@ -365,9 +369,14 @@ class Hold:
             return None
         return self._resolution.result()
 
-    def _schedule_beat(self) -> None:
-        interval_s = self._request.ttl_ms / 1000 / HEARTBEATS_PER_LIFE
-        self._timer = asyncio.get_running_loop().call_later(interval_s, self._beat)
+    @property
+    def _beat_interval_s(self) -> float:
+        return self._request.ttl_ms / 1000 / HEARTBEATS_PER_LIFE
+
+    def _schedule_beat(self, wait_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._beat)
 
     def _beat(self) -> None:
         if time.monotonic() - self._started_s > self._metering.limits.hold_life_max_s:
@@ -380,7 +389,7 @@ class Hold:
             ttl_ms=self._request.ttl_ms,
         )
         self._metering.start(self._metering.beat(request))
-        self._schedule_beat()
+        self._schedule_beat(self._beat_interval_s)
 
 
 def _message(usage: Usage) -> pb.Usage:

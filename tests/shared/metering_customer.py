@@ -32,6 +32,12 @@ class Billing:
     ledger: Ledger
     gate: Gate
 
+    async def heartbeats(self) -> int:
+        """How many have arrived, whatever became of them."""
+        lines = (await self.app.http.get("/metrics")).text.splitlines()
+        counts = [line for line in lines if line.startswith('tollgate_billing_operations_total{kind="heartbeat"')]
+        return sum(int(float(line.rpartition(" ")[2])) for line in counts)
+
 
 @pytest.fixture(scope="module")
 def owner_url(fresh_database: FreshDatabase) -> str:
@@ -84,6 +90,13 @@ class Customer:
             "SELECT finish_reason FROM billing.usage WHERE wallet_id = $1", self.org_id
         )
         return reason
+
+    async def reported(self, output_tokens: int) -> bool:
+        """Whether this is what the last heartbeat said."""
+        found: int | None = await self.billing.ledger.pool.fetchval(
+            "SELECT output_tokens FROM billing.open_hold WHERE wallet_id = $1", self.org_id
+        )
+        return found == output_tokens
 
     def failed(self) -> int:
         return int(self.failures._value.get())

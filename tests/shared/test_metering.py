@@ -160,7 +160,7 @@ async def test_what_cannot_be_settled_is_left_to_the_sweeper_which_takes_the_las
     metering = customer.client(limits)
     async with customer.hold(metering=metering) as hold:
         hold.record(Usage(3, 0, 17))
-        await wait_until(lambda: reported(customer, 17), "a heartbeat")
+        await wait_until(lambda: customer.reported(17), "a heartbeat")
         hold.record(Usage(3, 0, 25))
         customer.billing.gate.shut()
         assert await hold.settle(build="b", finish_reason="stop") is None
@@ -174,13 +174,6 @@ async def test_what_cannot_be_settled_is_left_to_the_sweeper_which_takes_the_las
 
     await wait_until(swept, "the sweeper")
     assert await customer.spent() == 17
-
-
-async def reported(customer: Customer, output_tokens: int) -> bool:
-    found: int | None = await customer.billing.ledger.pool.fetchval(
-        "SELECT output_tokens FROM billing.open_hold WHERE wallet_id = $1", customer.org_id
-    )
-    return found == output_tokens
 
 
 async def test_heartbeats_keep_a_long_request_alive(customer: Customer) -> None:

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 from services.billing.ledger.operations import Void
 from shared.errors import Unavailable
 from shared.metering import MeteringLimits, Receipt, Usage
-from tests.billing.harness import SIGNUP_NANO, owner, running
+from tests.billing.harness import SIGNUP_NANO, owner, running, wait_until
 from tests.shared.metering_customer import Customer, address
 
 
@@ -59,3 +59,32 @@ async def test_a_refused_settlement_is_given_up_at_once(customer: Customer) -> N
         assert await hold.settle(build="b", finish_reason="stop", usage=Usage(3, 0, 21)) is None
     assert (customer.metering.pending, customer.failed()) == (0, 1)
     assert await customer.spent() == 0
+
+
+async def test_a_process_that_dies_soon_after_its_first_tokens_pays_them(customer: Customer) -> None:
+    """The next regular heartbeat is 20 s away."""
+    metering = customer.client(MeteringLimits(hold_ttl_ms=60_000, first_heartbeat_ms=50))
+    hold = customer.hold(metering=metering)
+    await hold.__aenter__()
+    hold.record(Usage(3, 0, 0))
+    hold.record(Usage(3, 0, 1))
+    hold.record(Usage(3, 0, 8))
+    await wait_until(lambda: customer.reported(8), "the first heartbeat")
+    customer.billing.gate.shut()  # as good as dead: nothing that it does reaches the ledger again
+    await customer.billing.ledger.expire_now(hold.id)
+    await customer.billing.ledger.sweeper.sweep()
+    assert await customer.spent() == 8
+    await hold.void("end the timer")
+
+
+async def test_heartbeats_come_early_only_after_an_output_token_and_never_after_the_end(customer: Customer) -> None:
+    metering = customer.client(MeteringLimits(hold_ttl_ms=60_000, first_heartbeat_ms=0))
+    before = await customer.billing.heartbeats()
+    async with customer.hold(metering=metering) as hold:
+        hold.record(Usage(3, 0, 0))
+        await customer.wallet()
+        await hold.void("nothing came out")
+        hold.record(Usage(3, 0, 1))
+        await customer.wallet()
+    await metering.close()
+    assert await customer.billing.heartbeats() == before

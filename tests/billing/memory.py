@@ -61,6 +61,8 @@ class MemoryLedger:
         assert all(min(a.debits_posted, a.credits_posted, a.debits_pending, a.credits_pending) >= 0 for a in accounts)
         held = sum(h.row.amount for h in book.holds.values() if h.open is not None)
         assert sum(a.debits_pending for a in accounts) == held
+        charged = sum(usage.cost for rows in self.written for usage in rows.usages)
+        assert book.accounts["revenue"].credits_posted == charged
         assert book.owed >= 0
         assert book.owed == 0 or book.available == 0
         assert all((h.open is None) != (h.resolution is None) for h in book.holds.values())

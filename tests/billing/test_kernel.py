@@ -289,6 +289,19 @@ def test_a_hold_that_expires_with_nothing_produced_costs_nothing() -> None:
     assert state.both(ExpireHold(WALLET, placed.hold_id)) == Settled(0, 0, 0, CREDIT)
 
 
+def test_a_late_settlement_of_no_tokens_records_what_it_charges_for_the_request() -> None:
+    state = pair()
+    state.both(grant(CREDIT))
+    placed = state.both(hold(Usage(100, 0, 60), ttl_ms=1_000))
+    assert isinstance(placed, Held)
+    state.now += timedelta(seconds=5)
+    assert state.both(ExpireHold(WALLET, placed.hold_id)) == Settled(0, 0, 0, CREDIT)
+    late = state.both(settle(placed.hold_id, Usage()))
+    assert late == Settled(TERMS.per_request, TERMS.per_request, 0, CREDIT - TERMS.per_request)
+    [part] = state.ledger.written[-1].usages
+    assert (part.part, part.tokens, part.cost) == (1, (0, 0, 0), TERMS.per_request)
+
+
 def test_the_first_resolution_stands() -> None:
     ledger = pair().ledger
     ledger.apply(grant(CREDIT), START)

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from services.billing.cli import app
+from services.billing.domain import DEFAULT_CLASS, PriceTerms
 from services.billing.repository.verification import CHECKS, examine
 from tests.billing.harness import Ledger, owner, place, settle
 
@@ -58,6 +59,17 @@ async def test_every_check_notices_what_it_is_for(ledger: Ledger, org_id: UUID, 
     assert not report.is_clean
     assert check in {d.check for d in report.differences}
     assert any("DIFFERS" in line and check in line for line in report.lines())
+
+
+async def test_a_late_settlement_of_no_tokens_adds_up(ledger: Ledger, org_id: UUID) -> None:
+    terms = PriceTerms(per_request=5, input=0, cached_input=0, output=0)
+    await ledger.prices.bring_up_to_date("per-request", DEFAULT_CLASS, terms, "test")
+    held = await ledger.held(org_id, 1, model="per-request")
+    await ledger.expire_now(held.hold_id)
+    await ledger.sweeper.sweep()
+    await ledger.writer.apply(settle(org_id, held.hold_id, 0))
+    assert (await ledger.wallet(org_id)).spent == 5
+    await ledger.verified()
 
 
 async def test_the_command_exits_1_when_something_differs_and_0_otherwise(

@@ -193,7 +193,7 @@ def _settle(book: Book, op: Settle) -> Settled:
     due = cost - hold.posted_cost
     _check_room(book, due)
     settled = _pay(book, hold.row, due, "late") if late else _resolve(book, hold, "post", due)
-    if not late or usage != hold.posted:
+    if not late or due > 0 or usage != hold.posted:
         part = UsageRow(
             hold=hold.row,
             part=int(late),

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response
 from opentelemetry.trace import SpanKind
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared import errors, ids
@@ -30,6 +31,7 @@ log = get_logger("access")
 
 BODY_BYTES_MAX = 1024 * 1024
 CHECK_TIMEOUT_S = 2.0
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; only logs and metrics see it
 UNLOGGED = ("/healthz", "/readyz", "/metrics")
 
 Check = Callable[[], Awaitable[None]]
@@ -153,6 +155,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, TollgateError):  # FastAPI wraps what reading the body raised
         return _respond(request, error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     cls = errors.BY_STATUS.get(error.status_code, errors.InvalidRequest if error.status_code < 500 else errors.Internal)
     return _respond(request, cls(headers=error.headers))
 
@@ -182,6 +186,8 @@ class _Edge:
                 await self._app(scope, exchange.receive, exchange.send)
             except TollgateError as e:
                 await exchange.fail(e)
+            except ClientDisconnect:
+                exchange.status = exchange.status or CLIENT_CLOSED_REQUEST
             except Exception:
                 log.exception("request_crashed", path=scope["path"])
                 await exchange.fail(errors.Internal())

@@ -2,13 +2,14 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette.types import Message
 from structlog.testing import capture_logs
 
 from shared import web
@@ -43,6 +44,10 @@ def app(ring: IdentityRing, readiness: web.Readiness) -> FastAPI:
     @app.post("/v1/echo/{part}")
     async def echo(part: str, body: Body) -> Body:
         return body
+
+    @app.post("/v1/raw")
+    async def raw(request: Request) -> str:
+        return (await request.body()).decode()
 
     @app.get("/v1/crash")
     async def crash() -> None:
@@ -155,3 +160,20 @@ async def test_the_access_log_has_the_agreed_fields(client: httpx.AsyncClient) -
     (entry,) = [e for e in logs if e["event"] == "request"]
     assert {"endpoint", "method", "status_code", "response_time_ms"} <= set(entry)
     assert "a prompt" not in json.dumps(entry)
+
+
+@pytest.mark.parametrize("path", ["/v1/raw", "/v1/echo/x"])
+async def test_a_client_that_leaves_before_its_body_is_complete_is_no_crash(app: FastAPI, path: str) -> None:
+    body: Message = {"type": "http.request", "body": b'{"na', "more_body": True}
+    messages: Iterator[Message] = iter([body, {"type": "http.disconnect"}])
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(_: Message) -> None: ...
+
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"20")]
+    with capture_logs() as logs:
+        await app({**scope, "headers": headers}, receive, send)
+    assert [(e["event"], e["status_code"]) for e in logs] == [("request", web.CLIENT_CLOSED_REQUEST)]

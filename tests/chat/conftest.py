@@ -28,7 +28,7 @@ from tests.chat.doubles import CatalogueDouble, Engine, Ledger, listen
 
 KEYS = f"k1:{base64.b64encode(b'c' * 32).decode()}"
 CALLER = Identity(kind="key", user_id="user", org_id="org", key_id="key", scopes=("chat", "models"))
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Chat:
     def client(self, **identity: Any) -> httpx.AsyncClient:
         """An HTTP client that carries what the gateway would sign."""
         token = self.ring.sign(replace(CALLER, **identity))
-        return httpx.AsyncClient(base_url=self.url, headers={HEADER: token}, timeout=PATIENCE_S * 2)
+        return httpx.AsyncClient(base_url=self.url, headers={HEADER: token}, timeout=PATIENCE_S)
 
     async def complete(self, **body: Any) -> httpx.Response:
         async with self.client() as client:

@@ -56,7 +56,7 @@ async def for_ever(_: dict[str, Any]) -> AsyncIterator[Item]:
 
 
 class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # tritonclient has no types
-    """Triton's stream. `chat` and `count` say what it answers; `stopped` is set when a caller cancels."""
+    """Triton's stream. `chat` and `count` say what it answers; `sent` counts replies; a cancel sets `stopped`."""
 
     def __init__(self) -> None:
         self.reset()
@@ -67,6 +67,7 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.requests: list[dict[str, Any]] = []
         self.parameters: list[dict[str, Any]] = []
         self.metadata: list[dict[str, Any]] = []
+        self.sent = 0
         self.begun = asyncio.Event()
         self.stopped = asyncio.Event()
 
@@ -87,6 +88,7 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
             try:
                 async for item in script(body):
                     yield _reply(item)
+                    self.sent += 1
             except BaseException:  # cancelled while waiting, or a broken pipe while sending
                 self.stopped.set()
                 raise

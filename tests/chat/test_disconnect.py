@@ -5,14 +5,13 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.chat.conftest import Chat, asking, until
 from tests.chat.doubles import Item, chunk, for_ever
 
 STREAMS = "tollgate_chat_streams"
-SOON_S = 1.0  # well before any of the service's own time limits would end the request
+SOON_S = 2.0  # before any of the service's own time limits would end the request
 
 
 async def endless(_: dict[str, Any]) -> AsyncIterator[Item]:
@@ -73,20 +72,25 @@ async def test_leaving_in_mid_stream_stops_the_engine_and_settles_what_was_produ
     [settled] = chat.ledger.settled
     assert settled.finish_reason == "cancelled"
     assert settled.usage.input_tokens == 7
-    assert 5 <= settled.usage.output_tokens <= 40  # those underway while the connection closed
+    assert 5 <= settled.usage.output_tokens <= chat.engine.sent
     assert chat.ledger.voided == []
 
 
 async def test_leaving_without_a_stream_stops_the_engine_and_settles_what_was_produced(chat: Chat) -> None:
     chat.engine.chat = endless
     async with chat.client() as client:
-        with pytest.raises(httpx.ReadTimeout):
-            await client.post("/v1/chat/completions", json=asking(), timeout=0.3)
-    await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+
+        async def producing() -> bool:
+            return chat.engine.sent > 10
+
+        await until(producing)
+        asked.cancel()
+        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
     await chat.ledger.resolved.wait()
     [settled] = chat.ledger.settled
     assert settled.finish_reason == "cancelled"
-    assert settled.usage.output_tokens > 0
+    assert 0 < settled.usage.output_tokens <= chat.engine.sent
 
 
 async def test_a_client_that_stops_reading_is_cut_off(chat: Chat) -> None:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.chat.domain import ChatRequest
 from services.chat.routes import documents
-from services.chat.routes.connection import ClientGone, while_connected
+from services.chat.routes.connection import while_connected
 from services.chat.routes.frames import DONE, Envelope, error_event
 from services.chat.routes.schemas import parse
 from services.chat.service import ChatService, Delta, Ended, Event, Settled, Started
@@ -26,7 +26,6 @@ from shared.web import Caller
 log = get_logger(__name__)
 
 SCOPE = "chat"
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left; it is seen in metrics and logs only
 
 
 def create_router(service: ChatService, clock: Clock) -> APIRouter:
@@ -58,10 +57,6 @@ class _Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._stream(send) if self._request.stream else self._whole(send))
-        except ClientGone:
-            if not self._has_begun:  # nobody reads it: for the access log
-                await self._begin(send, CLIENT_CLOSED_REQUEST, "text/plain")
-                await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
             log.info("client_stalled")  # the server closes what was begun and not finished
 
@@ -81,7 +76,7 @@ class _Answer(Response):
                                 await self._send(send, envelope.chunk(fields))
                         case Started():
                             envelope.build = event.build
-                            await self._begin(send, 200, "text/event-stream; charset=utf-8")
+                            await self._begin(send, "text/event-stream; charset=utf-8")
                             await self._send(send, envelope.chunk({"role": "assistant", "content": ""}))
                         case Ended() if envelope.include_usage:
                             await self._send(send, envelope.chunk({}, event.reason))
@@ -111,10 +106,10 @@ class _Answer(Response):
                         reason = event.reason
                     case Settled():
                         body = self._envelope.completion({**message, "refusal": None}, reason, event)
-        await self._begin(send, 200, "application/json", len(body))
+        await self._begin(send, "application/json", len(body))
         await self._send(send, body, more=False)
 
-    async def _begin(self, send: Send, status: int, media_type: str, length: int | None = None) -> None:
+    async def _begin(self, send: Send, media_type: str, length: int | None = None) -> None:
         headers = [
             (b"content-type", media_type.encode()),
             (b"cache-control", b"no-cache"),
@@ -123,7 +118,7 @@ class _Answer(Response):
         if length is not None:
             headers.append((b"content-length", str(length).encode()))
         self._has_begun = True
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         """Raises TimeoutError for a client that does not read."""

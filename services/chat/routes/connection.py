@@ -6,17 +6,14 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
-
-
-class ClientGone(Exception):
-    """The client closed the connection before the answer was complete."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`; cancel it, and wait until it has ended, as soon as the client has gone.
 
-    The request's body must have been read. Raises what `work` raises, or ClientGone.
+    The request's body must have been read. Raises what `work` raises, or ClientDisconnect.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
@@ -30,7 +27,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
         await asyncio.wait((working, watching))
     if not working.cancelled() and working.exception() is None:
         return None  # it was just done
-    raise ClientGone
+    raise ClientDisconnect
 
 
 async def _disconnected(receive: Receive) -> None:

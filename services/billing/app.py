@@ -58,6 +58,7 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
         metrics,
         interval_s=settings.billing_sweep_interval_s,
         batch_max=settings.billing_sweep_batch_max,
+        hold_grace_s=settings.billing_hold_grace_s,
     )
     gauges = Gauges(database, metrics, interval_s=settings.billing_gauges_interval_s)
     return Service(

@@ -24,6 +24,7 @@ class BillingSettings(ServiceSettings):
     billing_operations_in_flight_max: int = Field(default=1_000, ge=1)
     billing_sweep_interval_s: float = Field(default=1, gt=0)
     billing_sweep_batch_max: int = Field(default=200, ge=1)
+    billing_hold_grace_s: float = Field(default=30, ge=0)  # the life that callers give a hold between heartbeats
     billing_gauges_interval_s: float = Field(default=15, gt=0)
 
     @field_validator("signup_credits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 
 from services.billing.domain import NANO_PER_CREDIT
@@ -17,16 +18,29 @@ log = get_logger(__name__)
 
 
 class Sweeper:
-    """Expires holds and grants whose time is over on the database's clock. Any number of them may run at once."""
+    """Expires holds and grants whose time is over on the database's clock. Any number of them may run at once.
+
+    No hold expires until `hold_grace_s` after the first pass, and after the first good pass that follows a failed one:
+    while billing or its database was away no heartbeat could arrive, and what looks expired may be a live request.
+    """
 
     def __init__(
-        self, database: Database, ledger: Ledger, metrics: BillingMetrics, *, interval_s: float, batch_max: int
+        self,
+        database: Database,
+        ledger: Ledger,
+        metrics: BillingMetrics,
+        *,
+        interval_s: float,
+        batch_max: int,
+        hold_grace_s: float,
     ) -> None:
         self._database = database
         self._ledger = ledger
         self._metrics = metrics
         self._interval_s = interval_s
         self._batch_max = batch_max
+        self._hold_grace_s = hold_grace_s
+        self._holds_from_s: float | None = None
 
     async def run(self) -> None:
         """Sweep for ever. A database that is away is tried again by the runtime."""
@@ -36,8 +50,19 @@ class Sweeper:
                 await asyncio.sleep(self._interval_s)
 
     async def sweep(self) -> int:
-        """One pass. How many were due and are done."""
+        """One pass. How many were due and are done. Raises LedgerUnavailable."""
+        try:
+            return await self._pass()
+        except Exception:
+            self._holds_from_s = None
+            raise
+
+    async def _pass(self) -> int:
         holds = await due.expired_holds(self._database, self._batch_max)
+        if self._holds_from_s is None:
+            self._holds_from_s = time.monotonic() + self._hold_grace_s
+        if time.monotonic() < self._holds_from_s:
+            holds = []
         expired = await self._expire(ExpireHold(wallet_id, hold_id) for wallet_id, hold_id in holds)
         self._metrics.holds_expired.inc(expired)
         grants = await due.expired_grants(self._database, self._batch_max)
@@ -52,6 +77,7 @@ class Sweeper:
                 continue  # a settlement or a heartbeat was first
             except TollgateError as e:
                 log.error("expiry_failed", key=operation.key, code=e.code, detail=e.detail)
+                await self._database.ping()  # one wallet's trouble does not end the pass; the database's does
             else:
                 log.info("expired", key=operation.key, wallet_id=str(operation.wallet_id))
                 done += 1

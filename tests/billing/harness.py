@@ -146,7 +146,7 @@ async def ledger_on(
         writer = Writer(database, signup_credits=signup_nano, metrics=metrics, limits=limits)
         prices = Prices(database)
         await prices.bring_up_to_date(MODEL, DEFAULT_CLASS, TERMS, "test")
-        sweeper = Sweeper(database, writer, metrics, interval_s=0.05, batch_max=100)
+        sweeper = Sweeper(database, writer, metrics, interval_s=0.05, batch_max=100, hold_grace_s=0)
         yield Ledger(url, owner_url, database, writer, prices, sweeper, metrics)
         await writer.close()
 
@@ -167,6 +167,7 @@ async def running(owner_url: str, **changes: Any) -> AsyncIterator[App]:
         "identity_keys": SecretStr(IDENTITY_KEYS),
         "billing_database_url": SecretStr(role_url(owner_url, ROLE)),
         "signup_credits": "0.000001",
+        "billing_hold_grace_s": 0,
     }
     async with AsyncExitStack() as stack:
         service = await build(BillingSettings(**{**values, **changes}), stack, Readiness())

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
+import asyncpg
+import pytest
+
 from services.billing.domain import NANO_PER_CREDIT
-from services.billing.tasks import Gauges
-from tests.billing.harness import App, Ledger, settle, wait_until
+from services.billing.errors import LedgerUnavailable
+from services.billing.ledger.operations import Operation, Result
+from services.billing.ledger.writer import WriterLimits
+from services.billing.tasks import Gauges, Sweeper
+from tests.billing.gate import Gate, gate_to
+from tests.billing.harness import SIGNUP_NANO, App, Ledger, grant, heartbeat, ledger_on, settle, wait_until
 
 
 def gauge(ledger: Ledger, name: str) -> float:
@@ -60,3 +72,104 @@ async def test_operations_are_counted_by_result(ledger: Ledger, org_id: UUID) ->
     for _ in range(3):
         await ledger.writer.apply(settle(org_id, held.hold_id, 4))
     assert (count("settle", "applied"), count("settle", "replayed")) == (before[0] + 1, before[1] + 2)
+
+
+@asynccontextmanager
+async def behind_a_gate(ledger: Ledger) -> AsyncIterator[tuple[Ledger, Gate]]:
+    """The same database by way of a gate."""
+    parts = urlsplit(ledger.url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    async with gate_to(parts.hostname, parts.port) as gate:
+        url = urlunsplit(parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{gate.port}"))
+        async with ledger_on(ledger.owner_url, url=url) as behind:
+            yield behind, gate
+
+
+async def test_after_an_outage_live_requests_may_report_before_their_holds_expire(ledger: Ledger, org_id: UUID) -> None:
+    """An outage longer than the lives of two holds: one request goes on afterwards, the other one's process is dead."""
+    async with behind_a_gate(ledger) as (behind, gate):
+        sweeper = Sweeper(behind.database, behind.writer, behind.metrics, interval_s=1, batch_max=100, hold_grace_s=1)
+        await sweeper.sweep()
+        live, dead = await ledger.held(org_id, 300), await ledger.held(org_id, 400)
+        gate.shut()
+        with pytest.raises(LedgerUnavailable):
+            await sweeper.sweep()
+        for hold in (live, dead):
+            await ledger.expire_now(hold.hold_id)
+        gate.open()
+        assert await sweeper.sweep() == 0
+        assert (await ledger.wallet(org_id)).held == 700
+        await ledger.writer.apply(heartbeat(org_id, live.hold_id, 20))
+
+        async def swept() -> bool:
+            await sweeper.sweep()
+            return (await ledger.wallet(org_id)).held == 300
+
+        await wait_until(swept, "the expiry of the dead one")
+    await ledger.writer.apply(settle(org_id, live.hold_id, 300))
+
+
+@dataclass
+class Interrupted:
+    """The ledger, whose database goes away when it is first asked for anything."""
+
+    ledger: Ledger
+    gate: Gate
+
+    async def apply(self, operation: Operation) -> Result:
+        self.gate.shut()
+        return await self.ledger.writer.apply(operation)
+
+
+async def test_an_outage_in_the_middle_of_a_pass_ends_it(ledger: Ledger, org_id: UUID) -> None:
+    async with behind_a_gate(ledger) as (behind, gate):
+        interrupted = Interrupted(behind, gate)
+        sweeper = Sweeper(behind.database, interrupted, behind.metrics, interval_s=1, batch_max=100, hold_grace_s=0.1)
+        holds = [await ledger.held(org_id, 100) for _ in range(10)]
+        for hold in holds:
+            await ledger.expire_now(hold.hold_id)
+
+        async def broke() -> bool:
+            try:
+                await sweeper.sweep()
+            except (OSError, asyncpg.PostgresConnectionError):
+                return True
+            return False
+
+        await wait_until(broke, "the outage")
+        gate.open()
+        assert await sweeper.sweep() == 0
+    await ledger.sweeper.sweep()
+    assert (await ledger.wallet(org_id)).held == 0
+
+
+async def test_no_hold_expires_at_once_after_a_start_but_grants_do(ledger: Ledger, org_id: UUID) -> None:
+    sweeper = Sweeper(ledger.database, ledger.writer, ledger.metrics, interval_s=1, batch_max=100, hold_grace_s=3_600)
+    held = await ledger.held(org_id, 300)
+    await ledger.expire_now(held.hold_id)
+    await ledger.writer.apply(grant(org_id, 5, expires_at=datetime.now(UTC) + timedelta(milliseconds=100)))
+
+    async def lapsed() -> bool:
+        await sweeper.sweep()
+        return (await ledger.wallet(org_id)).balance == SIGNUP_NANO
+
+    await wait_until(lapsed, "the end of the grant")
+    assert (await ledger.wallet(org_id)).held == 300
+    await ledger.writer.apply(settle(org_id, held.hold_id, 0))
+
+
+async def test_a_wallet_that_is_stuck_does_not_keep_the_others_from_expiring(owner_url: str, ledger: Ledger) -> None:
+    stuck, other = uuid4(), uuid4()
+    holds = [await ledger.held(org_id, 100) for org_id in (stuck, other)]
+    for hold in holds:
+        await ledger.expire_now(hold.hold_id)
+    async with (
+        ledger_on(owner_url, limits=WriterLimits(operation_timeout_s=0.3)) as hasty,
+        ledger.pool.acquire() as connection,
+        connection.transaction(),
+    ):
+        await connection.execute("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", stuck)
+        assert await hasty.sweeper.sweep() == 1
+        assert ((await ledger.wallet(stuck)).held, (await ledger.wallet(other)).held) == (100, 0)
+    await ledger.sweeper.sweep()

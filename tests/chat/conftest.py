@@ -139,6 +139,7 @@ async def chat(running: Chat) -> AsyncIterator[Chat]:
     running.engine.reset()
     running.ledger.reset()
     yield running
+    await until(running.ledger.is_quiet)  # nothing of this test may arrive in the next
     if running.catalogue.lost:
         running.catalogue.lost.clear()
         async with running.client() as client:

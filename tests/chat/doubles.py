@@ -119,6 +119,10 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
         self.prices_outage: TollgateError | None = None
         self.resolved = asyncio.Event()
 
+    async def is_quiet(self) -> bool:
+        """Whether every hold is settled or voided."""
+        return {h.hold_id for h in self.holds} <= {r.hold_id for r in (*self.settled, *self.voided)}
+
     async def Hold(self, request: Any, _: Any) -> Any:
         if self.refusal is not None:
             raise self.refusal

@@ -110,8 +110,7 @@ async def test_a_hundred_leavers_at_any_moment_leave_nothing_behind(chat: Chat) 
                     await client.post("/v1/chat/completions", json=asking(stream=turn % 2 == 0))
 
         async def all_is_quiet() -> bool:
-            resolved = {r.hold_id for r in (*chat.ledger.settled, *chat.ledger.voided)}
-            return resolved >= {h.hold_id for h in chat.ledger.holds} and await chat.metric(STREAMS) == 0
+            return await chat.ledger.is_quiet() and await chat.metric(STREAMS) == 0
 
         await until(all_is_quiet)
     assert chat.ledger.settled

@@ -8,6 +8,7 @@ from functools import partial
 import argon2
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth import tasks
 from services.auth.clients import KeyChannel, UsageStream
@@ -17,6 +18,7 @@ from services.auth.service import Services
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
+from services.auth.service.attempts import AttemptLimits, Attempts
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
 from services.auth.service.last_use import LastUse
@@ -29,6 +31,7 @@ from services.auth.settings import AuthSettings
 from shared import cache, database, web
 from shared.apikeys import Peppers
 from shared.clock import Clock, SystemClock
+from shared.database import AsyncSession
 from shared.identity import IdentityRing
 from shared.runtime import HttpServer, Service
 from shared.telemetry import AuthMetrics, new_registry
@@ -50,7 +53,8 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
         tasks={
             "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
             "last_use": partial(tasks.note_last_use, services.last_use, settings.auth_last_use_interval_ms),
-            "prune": partial(tasks.prune_sessions, services.sessions, settings.auth_prune_interval_s),
+            "prune_sessions": partial(tasks.prune, services.sessions.prune, settings.auth_prune_interval_s),
+            "prune_attempts": partial(tasks.prune, services.attempts.prune, settings.auth_prune_interval_s),
         },
     )
 
@@ -97,7 +101,8 @@ async def compose(
     signing_key = await load_or_create(sessions_of, settings.secret_key, clock)
     tokens = Tokens(signing_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
-    accounts = Accounts(sessions_of, passwords, clock)
+    attempts = _attempts(settings, sessions_of, clock)
+    accounts = Accounts(sessions_of, passwords, attempts, clock)
     keys_of = Keys(
         sessions_of,
         Peppers(settings.api_key_peppers.get_secret_value()),
@@ -116,7 +121,8 @@ async def compose(
         clock=clock,
         access=Access(sessions_of, clock),
         accounts=accounts,
-        sessions=Sessions(sessions_of, passwords, tokens, clock, metrics, limits),
+        attempts=attempts,
+        sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, metrics, limits),
         tokens=tokens,
         keys=keys_of,
         admin=Admin(sessions_of, keys_of, outbox, clock),
@@ -124,6 +130,19 @@ async def compose(
         outbox=outbox,
         last_use=LastUse(sessions_of, UsageStream(redis), settings.auth_last_use_batch_max),
     )
+
+
+def _attempts(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], clock: Clock) -> Attempts:
+    limits = AttemptLimits(
+        pair_free=settings.auth_sign_in_pair_free,
+        name_free=settings.auth_sign_in_name_free,
+        address_free=settings.auth_sign_in_address_free,
+        backoff_base_ms=settings.auth_sign_in_backoff_base_ms,
+        backoff_max_s=settings.auth_sign_in_backoff_max_s,
+        memory_s=settings.auth_sign_in_memory_s,
+        prune_batch_max=settings.auth_prune_batch_max,
+    )
+    return Attempts(sessions_of, settings.secret_key, clock, limits)
 
 
 def _passwords(settings: AuthSettings, metrics: AuthMetrics) -> Passwords:

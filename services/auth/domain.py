@@ -194,6 +194,15 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptCount:
+    """Failed sign-ins since a time; none is tried before `blocked_until`."""
+
+    failures: int
+    since: datetime
+    blocked_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class AuditEntry:
     """One line of the audit log. `details` holds what changed, `{"before": …, "after": …}`; never a secret."""
 
@@ -312,14 +321,14 @@ def normalised_password(password: str) -> str:
     return unicodedata.normalize("NFKC", password)
 
 
-def check_password(password: str, *, username: str, email: str) -> None:
+def check_password(password: str, *, username: str, email: str, field: str = "password") -> None:
     """Raise InvalidRequest for a wrong length, WeakPassword for what is guessed first. No composition rules."""
     if not PASSWORD_CHARS_MIN <= len(password) <= PASSWORD_CHARS_MAX:
         raise InvalidRequest(
-            f"password: use {PASSWORD_CHARS_MIN} to {PASSWORD_CHARS_MAX} characters.",
+            f"{field}: use {PASSWORD_CHARS_MIN} to {PASSWORD_CHARS_MAX} characters.",
             code="password_length",
-            param="password",
+            param=field,
         )
     folded = password.casefold()
     if folded in COMMON_PASSWORDS or folded in (username.casefold(), email.casefold()):
-        raise WeakPassword(param="password")
+        raise WeakPassword(f"{field}: choose one that is harder to guess.", param=field)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from shared.errors import Conflict, Internal, InvalidRequest, NotFound, PermissionDenied, Unauthenticated, Unavailable
+from shared.errors import (
+    Conflict,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
 
 
 class InvalidCredentials(Unauthenticated):
@@ -22,6 +31,18 @@ class InvalidRefreshToken(Unauthenticated):
 class SessionEnded(Unauthenticated):
     default_code = "session_ended"
     default_message = "This session has ended. Sign in again."
+
+
+class SignInBlocked(RateLimited):
+    """The same for a name that exists and one that does not."""
+
+    default_code = "sign_in_blocked"
+    default_message = "Too many failed sign-ins. Wait as long as Retry-After says."
+
+
+class WrongPassword(PermissionDenied):
+    default_code = "wrong_password"
+    default_message = "old_password: this is not the present password."
 
 
 class PasswordQueueFull(Unavailable):

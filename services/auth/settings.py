@@ -28,6 +28,14 @@ class AuthSettings(ServiceSettings):
     auth_sessions_per_user_max: int = Field(default=50, ge=1)
     auth_keys_per_org_max: int = Field(default=1_000, ge=1)
 
+    # Failed sign-ins: how many are free, then waits that double; all forgotten after a while. See docs/auth.md.
+    auth_sign_in_pair_free: int = Field(default=5, ge=1)
+    auth_sign_in_name_free: int = Field(default=20, ge=1)
+    auth_sign_in_address_free: int = Field(default=100, ge=1)
+    auth_sign_in_backoff_base_ms: int = Field(default=1_000, ge=1)
+    auth_sign_in_backoff_max_s: int = Field(default=900, ge=1)
+    auth_sign_in_memory_s: int = Field(default=3_600, ge=1)
+
     # argon2id as OWASP's password storage cheat sheet sets it: 19 MiB, two passes, one lane.
     auth_argon2_time_cost: int = Field(default=2, ge=1)
     auth_argon2_memory_kib: int = Field(default=19_456, ge=8)

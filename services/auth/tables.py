@@ -1,4 +1,4 @@
-"""The tables of schema `auth`; migrations/versions/0001_initial.py writes the same by hand, with triggers and the view.
+"""The tables of schema `auth`; migrations/versions writes the same by hand, with triggers and the view.
 
 Every table that belongs to a tenant has `org_id`; repository.py filters by it in one place.
 """
@@ -170,6 +170,18 @@ class RefreshTokenRow(Base):
     used_at: Mapped[datetime | None]
 
 
+class SignInAttemptRow(Base):
+    """Failed sign-ins of a name, an address, or both together, as a keyed digest; see service/attempts.py."""
+
+    __tablename__ = "sign_in_attempt"
+    __table_args__ = (CheckConstraint("failures >= 0", name="failures"), Index(None, "since"))
+
+    subject: Mapped[str] = mapped_column(primary_key=True)
+    failures: Mapped[int]
+    since: Mapped[datetime]
+    blocked_until: Mapped[datetime | None]
+
+
 class ApiKeyRow(Base):
     """An API key at rest. `version` grows with every change that the gateway must hear of."""
 
@@ -259,6 +271,7 @@ SERVICE_GRANTS = {
     "membership": "SELECT, INSERT, DELETE",
     "session": "SELECT, INSERT, UPDATE, DELETE",
     "refresh_token": "SELECT, INSERT, UPDATE, DELETE",
+    "sign_in_attempt": "SELECT, INSERT, UPDATE, DELETE",
     "api_key": "SELECT, INSERT, UPDATE",
     "key_outbox": "SELECT, INSERT, DELETE",
     "signing_key": "SELECT, INSERT, UPDATE",

@@ -1,5 +1,5 @@
 """What runs beside the requests: delivery of key changes that Redis missed, the last use of keys, and removal of
-sessions that are over.
+what is over.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from services.auth.errors import RedisDown
 from services.auth.service.last_use import LastUse
 from services.auth.service.outbox import Outbox
-from services.auth.service.sessions import Sessions
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -26,10 +25,10 @@ async def note_last_use(last_use: LastUse, interval_ms: int) -> None:
     await _over_redis("last_use", last_use.note_batch, interval_ms)
 
 
-async def prune_sessions(sessions: Sessions, interval_s: int) -> None:
+async def prune(prune_batch: Callable[[], Awaitable[bool]], interval_s: int) -> None:
     """Delete what is over, batch after batch, then look again every `interval_s`."""
     while True:
-        if not await sessions.prune():
+        if not await prune_batch():
             await asyncio.sleep(interval_s)
 
 

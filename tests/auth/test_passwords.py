@@ -81,7 +81,7 @@ async def test_a_cancelled_sign_in_gives_its_place_back_only_when_its_thread_is_
 async def test_a_full_queue_answers_503_with_retry_after(owner_url: str, components: Components) -> None:
     changes = {"auth_argon2_threads": 1, "auth_argon2_queue_max": 1, "auth_argon2_memory_kib": 65_536}
     async with running(owner_url, components.redis_url, **changes) as auth:
-        answers = await asyncio.gather(*(auth.login("nobody") for _ in range(12)))
+        answers = await asyncio.gather(*(auth.login(f"nobody-{n}") for n in range(12)))
         statuses = [a.status_code for a in answers]
         assert set(statuses) == {401, 503}
         full = next(a for a in answers if a.status_code == 503)
@@ -90,6 +90,6 @@ async def test_a_full_queue_answers_503_with_retry_after(owner_url: str, compone
 
 async def test_a_login_flood_does_not_stop_other_work(auth: Auth) -> None:
     user = await auth.user()
-    flood = [asyncio.create_task(auth.login("nobody")) for _ in range(50)]
+    flood = [asyncio.create_task(auth.login(f"nobody-{n}")) for n in range(50)]
     assert (await auth.call("GET", "/api/v1/keys", token=user.access_token)).status_code == 200
     assert {a.status_code for a in await asyncio.gather(*flood)} <= {401, 503}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import Row, Select, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
@@ -104,15 +104,24 @@ class AccountRepository:
     async def set_status(self, user_id: UUID, status: UserStatus, now: datetime) -> None:
         await self._session.execute(update(UserRow).where(UserRow.id == user_id).values(status=status, updated_at=now))
 
-    async def set_password_hash(self, user_id: UUID, password_hash: str, now: datetime) -> None:
-        await self._session.execute(
-            update(UserRow).where(UserRow.id == user_id).values(password_hash=password_hash, updated_at=now)
-        )
+    async def holds_password_hash(self, user_id: UUID, password_hash: str) -> bool:
+        """Whether a user is active and a hash still theirs; neither changes until the transaction ends."""
+        statement = select(UserRow.id).where(*_unchanged(user_id, password_hash)).with_for_update(read=True)
+        return (await self._session.execute(statement)).scalar() is not None
+
+    async def replace_password_hash(self, user_id: UUID, present: str, new: str, now: datetime) -> bool:
+        """Set a hash in place of one; whether the user is active and had that one."""
+        statement = update(UserRow).where(*_unchanged(user_id, present)).values(password_hash=new, updated_at=now)
+        return (await self._session.execute(statement.returning(UserRow.id))).scalar() is not None
 
     async def _one(self, statement: Select[UserRow, OrganizationRow, str, list[str], list[str]]) -> Account | None:
         ordered = statement.order_by(MembershipRow.created_at, MembershipRow.org_id).limit(1)
         row = (await self._session.execute(ordered)).one_or_none()
         return _account(row) if row else None
+
+
+def _unchanged(user_id: UUID, password_hash: str) -> tuple[ColumnElement[bool], ...]:
+    return (UserRow.id == user_id, UserRow.password_hash == password_hash, UserRow.status == UserStatus.ACTIVE)
 
 
 def _accounts() -> Select[UserRow, OrganizationRow, str, list[str], list[str]]:

@@ -89,10 +89,12 @@ class SessionRepository:
             .values(revoked_at=now, revoked_reason=reason)
         )
 
-    async def revoke_all(self, user_id: UUID, now: datetime, reason: str) -> None:
+    async def revoke_all(self, user_id: UUID, now: datetime, reason: str, *, but: UUID | None = None) -> None:
+        """End a person's sessions, all of them or all but one."""
+        kept = (SessionRow.id != but,) if but is not None else ()
         await self._session.execute(
             update(SessionRow)
-            .where(SessionRow.user_id == user_id, SessionRow.revoked_at.is_(None))
+            .where(SessionRow.user_id == user_id, SessionRow.revoked_at.is_(None), *kept)
             .values(revoked_at=now, revoked_reason=reason)
         )
 

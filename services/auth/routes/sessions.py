@@ -9,7 +9,13 @@ from uuid import UUID
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from services.auth.errors import InvalidCredentials, InvalidRefreshToken, PasswordQueueFull, SessionNotFound
+from services.auth.errors import (
+    InvalidCredentials,
+    InvalidRefreshToken,
+    PasswordQueueFull,
+    SessionNotFound,
+    SignInBlocked,
+)
 from services.auth.routes.dependencies import AllServices, CurrentActor, From
 from services.auth.routes.fields import Body, Login, Password, RefreshToken, refusals
 from services.auth.service.sessions import TokenPair
@@ -75,7 +81,11 @@ class SessionListAnswer(BaseModel):
     next_cursor: str | None = None
 
 
-@router.post("/login", summary="Sign in", responses=refusals(InvalidRequest, InvalidCredentials, PasswordQueueFull))
+@router.post(
+    "/login",
+    summary="Sign in",
+    responses=refusals(InvalidRequest, InvalidCredentials, SignInBlocked, PasswordQueueFull),
+)
 async def login(body: LoginBody, services: AllServices, origin: From) -> TokenAnswer:
     """An access token for `Authorization: Bearer`, and a refresh token to get the next pair with."""
     name = body.username or body.email or ""

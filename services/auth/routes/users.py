@@ -1,4 +1,4 @@
-"""Registration and the caller's own profile."""
+"""Registration, and the caller's own password and profile."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
 from services.auth.domain import Account
-from services.auth.errors import EmailTaken, PasswordQueueFull, UsernameTaken, WeakPassword
+from services.auth.errors import (
+    EmailTaken,
+    PasswordQueueFull,
+    SignInBlocked,
+    UsernameTaken,
+    WeakPassword,
+    WrongPassword,
+)
 from services.auth.routes.dependencies import AllServices, CurrentActor, From
-from services.auth.routes.fields import Email, Password, Username, refusals
+from services.auth.routes.fields import Body, Email, Password, Username, refusals
 from shared.errors import InvalidRequest, Unauthenticated
 
 router = APIRouter(prefix="/api/v1/auth", tags=["auth"])
@@ -28,6 +35,11 @@ class RegisterBody(BaseModel):
     username: Username
     email: Email
     password: Password
+
+
+class PasswordBody(Body):
+    old_password: Password
+    new_password: Password
 
 
 class OrganizationAnswer(BaseModel):
@@ -67,6 +79,17 @@ async def register(body: RegisterBody, services: AllServices, origin: From) -> U
         username=body.username, email=body.email, password=body.password, origin=origin
     )
     return UserAnswer(**_user(account))
+
+
+@router.post(
+    "/password",
+    status_code=204,
+    summary="Change the password",
+    responses=refusals(InvalidRequest, WeakPassword, Unauthenticated, WrongPassword, SignInBlocked, PasswordQueueFull),
+)
+async def change_password(body: PasswordBody, actor: CurrentActor, services: AllServices) -> None:
+    """Ends the caller's other sessions, not this one. API keys stay as they are."""
+    await services.accounts.change_password(actor, old=body.old_password, new=body.new_password)
 
 
 @router.get("/me", summary="Who am I", responses=refusals(Unauthenticated))

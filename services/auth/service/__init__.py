@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
+from services.auth.service.attempts import Attempts
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
 from services.auth.service.last_use import LastUse
@@ -24,6 +25,7 @@ class Services:
     access: Access
     accounts: Accounts
     sessions: Sessions
+    attempts: Attempts
     tokens: Tokens
     keys: Keys
     admin: Admin

@@ -1,4 +1,4 @@
-"""People: registration and profile."""
+"""People: registration, password, profile."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ from services.auth.domain import (
     AuditEntry,
     Origin,
     UserStatus,
+    audit_entry,
     check_password,
 )
-from services.auth.errors import UserNotFound
+from services.auth.errors import PasswordQueueFull, UserNotFound, WrongPassword
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
+from services.auth.repository.sessions import SessionRepository
+from services.auth.service.attempts import Attempts
 from services.auth.service.passwords import Passwords
+from services.auth.service.sessions import require_person
 from shared import ids
 from shared.clock import Clock
 from shared.database import AsyncSession
 
 
 class Accounts:
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], passwords: Passwords, clock: Clock) -> None:
+    def __init__(
+        self, sessions: async_sessionmaker[AsyncSession], passwords: Passwords, attempts: Attempts, clock: Clock
+    ) -> None:
         self._sessions = sessions
         self._passwords = passwords
+        self._attempts = attempts
         self._clock = clock
 
     async def register(self, *, username: str, email: str, password: str, origin: Origin) -> Account:
@@ -56,6 +63,41 @@ class Accounts:
             await AccountRepository(session).register(account)
             await audit.append(session, entry, self._clock.now())
         return account
+
+    async def change_password(self, actor: Actor, *, old: str, new: str) -> None:
+        """Change the actor's own password and end their other sessions. Keys are not sessions, and stay.
+
+        Raises WrongPassword, InvalidRequest and WeakPassword for the new one, SignInBlocked, PasswordQueueFull,
+        PermissionDenied for an API key.
+        """
+        require_person(actor)
+        account = await self.profile(actor)
+        check_password(new, username=account.username, email=account.email, field="new_password")
+        # Counted apart from sign-ins, or a token's thief could block them.
+        async with self._attempts.of(f"user {actor.user_id}", actor.origin.address) as attempt:
+            try:
+                correct = (await self._passwords.verify(account.password_hash, old)).correct
+                new_hash = await self._passwords.hash(new) if correct else ""
+            except PasswordQueueFull:
+                attempt.withdraw()
+                raise
+            if not correct:
+                await self._record_wrong_password(actor)
+                raise WrongPassword(param="old_password")
+            attempt.succeeded()
+        now = self._clock.now()
+        async with self._sessions.begin() as session:
+            accounts = AccountRepository(session)
+            if not await accounts.replace_password_hash(actor.user_id, account.password_hash, new_hash, now):
+                raise WrongPassword(param="old_password", detail="password or status changed meanwhile")
+            await SessionRepository(session).revoke_all(actor.user_id, now, "password_changed", but=actor.session_id)
+            entry = audit_entry(actor, "user.password_changed", "user", actor.user_id, actor.org_id)
+            await audit.append(session, entry, now)
+
+    async def _record_wrong_password(self, actor: Actor) -> None:
+        entry = audit_entry(actor, "user.password_change_failed", "user", actor.user_id, actor.org_id)
+        async with self._sessions.begin() as session:
+            await audit.append(session, entry, self._clock.now())
 
     async def profile(self, actor: Actor) -> Account:
         """The actor's own account. Raises UserNotFound when it went meanwhile."""

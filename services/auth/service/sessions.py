@@ -13,11 +13,12 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import Account, Actor, AuditEntry, Origin, Session, UserStatus
-from services.auth.errors import InvalidCredentials, InvalidRefreshToken, SessionNotFound
+from services.auth.errors import InvalidCredentials, InvalidRefreshToken, PasswordQueueFull, SessionNotFound
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository, StoredToken
 from services.auth.service import tokens as refresh_tokens
+from services.auth.service.attempts import Attempt, Attempts
 from services.auth.service.passwords import Passwords, Verdict
 from services.auth.service.tokens import Tokens
 from shared import ids
@@ -51,6 +52,7 @@ class Sessions:
         self,
         sessions: async_sessionmaker[AsyncSession],
         passwords: Passwords,
+        attempts: Attempts,
         tokens: Tokens,
         clock: Clock,
         metrics: AuthMetrics,
@@ -58,6 +60,7 @@ class Sessions:
     ) -> None:
         self._sessions = sessions
         self._passwords = passwords
+        self._attempts = attempts
         self._tokens = tokens
         self._clock = clock
         self._metrics = metrics
@@ -67,24 +70,33 @@ class Sessions:
         """Sign in by user name or e-mail address.
 
         Raises InvalidCredentials, the same after the same work for an unknown user, a wrong password and a disabled
-        account; PasswordQueueFull.
+        account; SignInBlocked; PasswordQueueFull.
         """
         try:
-            pair = await self._login(login, password, origin)
+            async with self._attempts.of(login, origin.address) as attempt:
+                pair = await self._login(login, password, origin, attempt)
         except TollgateError as e:
             self._metrics.logins.labels(e.code).inc()
             raise
         self._metrics.logins.labels("ok").inc()
         return pair
 
-    async def _login(self, login: str, password: str, origin: Origin) -> TokenPair:
+    async def _login(self, login: str, password: str, origin: Origin, attempt: Attempt) -> TokenPair:
         async with self._sessions() as session:
             account = await AccountRepository(session).find_by_login(login)
-        verdict = await self._passwords.verify(account.password_hash if account else None, password)
-        if account is None or not verdict.correct or account.status is not UserStatus.ACTIVE:
-            await self._record_failure(account, verdict, origin)
-            raise InvalidCredentials()
-        new_hash = await self._passwords.hash(password) if verdict.outdated else None
+        try:
+            verdict = await self._passwords.verify(account.password_hash if account else None, password)
+            if account is None or not verdict.correct or account.status is not UserStatus.ACTIVE:
+                await self._record_failure(account, verdict, origin, attempt)
+                raise InvalidCredentials()
+            new_hash = await self._passwords.hash(password) if verdict.outdated else None
+        except PasswordQueueFull:
+            attempt.withdraw()
+            raise
+        attempt.succeeded()
+        return await self._open(account, new_hash, origin)
+
+    async def _open(self, account: Account, new_hash: str | None, origin: Origin) -> TokenPair:
         now = self._clock.now()
         opened = Session(
             id=ids.uuid7(),
@@ -98,8 +110,8 @@ class Sessions:
             address=origin.address,
         )
         async with self._sessions.begin() as session:
-            if new_hash:
-                await AccountRepository(session).set_password_hash(account.user_id, new_hash, now)
+            if not await _confirm(AccountRepository(session), account, new_hash, now):
+                raise InvalidCredentials(detail="password or status changed meanwhile")
             repository = SessionRepository(session)
             live = await repository.live(account.user_id, now)
             crowded_out = [old.id for old in live[self._limits.per_user_max - 1 :]]
@@ -141,13 +153,13 @@ class Sessions:
 
     async def list(self, actor: Actor) -> list[Session]:
         """The person's live sessions, newest first. Raises PermissionDenied for an API key."""
-        _require_person(actor)
+        require_person(actor)
         async with self._sessions() as session:
             return await SessionRepository(session).live(actor.user_id, self._clock.now())
 
     async def revoke(self, actor: Actor, session_id: UUID) -> None:
         """End one of the person's own sessions. Raises SessionNotFound for others', PermissionDenied for a key."""
-        _require_person(actor)
+        require_person(actor)
         async with self._sessions.begin() as session:
             repository = SessionRepository(session)
             if await repository.find(session_id, actor.user_id) is None:
@@ -183,7 +195,9 @@ class Sessions:
         )
         await audit.append(session, entry, now)
 
-    async def _record_failure(self, account: Account | None, verdict: Verdict, origin: Origin) -> None:
+    async def _record_failure(
+        self, account: Account | None, verdict: Verdict, origin: Origin, attempt: Attempt
+    ) -> None:
         """What was typed as a name stays out: people type passwords there."""
         reason = "unknown_user" if account is None else "disabled" if verdict.correct else "wrong_password"
         entry = AuditEntry(
@@ -194,16 +208,26 @@ class Sessions:
             actor_key_id=None,
             org_id=account.org_id if account else None,
             origin=origin,
-            details={"reason": reason},
+            details={"reason": reason, **({"blocked_s": attempt.blocked_s} if attempt.blocked_s else {})},
         )
         async with self._sessions.begin() as session:
             await audit.append(session, entry, self._clock.now())
+
+
+async def _confirm(accounts: AccountRepository, account: Account, new_hash: str | None, now: datetime) -> bool:
+    """Whether what was verified still holds, with the hash renewed: a password that was changed while it was looked
+    at opens nothing, and is not written back.
+    """
+    if new_hash is None:
+        return await accounts.holds_password_hash(account.user_id, account.password_hash)
+    return await accounts.replace_password_hash(account.user_id, account.password_hash, new_hash, now)
 
 
 def _is_live(session: Session, now: datetime) -> bool:
     return session.revoked_at is None and session.expires_at > now
 
 
-def _require_person(actor: Actor) -> None:
+def require_person(actor: Actor) -> None:
+    """Raise PermissionDenied for an API key."""
     if actor.identity.kind != "user":
-        raise PermissionDenied("Sessions belong to people: use an access token.", code="not_a_person")
+        raise PermissionDenied("This belongs to a person: use an access token.", code="not_a_person")

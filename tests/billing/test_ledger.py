@@ -15,6 +15,7 @@ from services.billing.errors import CreditsReserved, HoldNotFound, HoldResolved,
 from services.billing.ledger.operations import (
     ExpireGrant,
     ExpireHold,
+    Extended,
     Granted,
     Held,
     OpenWallet,
@@ -23,7 +24,7 @@ from services.billing.ledger.operations import (
     Void,
     Voided,
 )
-from services.billing.ledger.writer import Writer
+from services.billing.ledger.writer import Writer, WriterLimits
 from shared.errors import TollgateError
 from shared.ids import uuid7
 from tests.billing.harness import SIGNUP_NANO, Ledger, grant, heartbeat, place, settle, wait_until
@@ -98,7 +99,8 @@ async def test_a_refusal_is_remembered_even_when_credits_have_come_since(ledger:
 
 async def test_concurrent_duplicates_are_applied_once_and_all_get_the_answer(ledger: Ledger, org_id: UUID) -> None:
     credit = grant(org_id, 50)
-    answers = await outcomes(ledger, *[credit] * 20)
+    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(5)]
+    answers = await asyncio.gather(*(writer.apply(credit) for writer in writers for _ in range(4)))
     assert {type(a) for a in answers} == {Granted}
     assert len(set(answers)) == 1
     assert (await ledger.wallet(org_id)).granted == SIGNUP_NANO + 50
@@ -113,11 +115,43 @@ async def test_of_concurrent_operations_with_one_key_and_different_bodies_one_is
         for n in range(5)
         for wallet in (org_id, uuid4())
     ]
-    answers = await outcomes(ledger, *rivals)
+    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in rivals]
+    applied = (writer.apply(rival) for writer, rival in zip(writers, rivals, strict=True))
+    answers = await asyncio.gather(*applied, return_exceptions=True)
     assert sum(isinstance(a, Granted) for a in answers) == 1
     assert sum(isinstance(a, IdempotencyMismatch) for a in answers) == len(rivals) - 1
     assert await count(ledger, "SELECT count(*) FROM billing.op WHERE tenant = $1", tenant) == 1
     await ledger.verified()
+
+
+async def test_retries_wait_for_the_operation_that_is_under_way(ledger: Ledger, org_id: UUID) -> None:
+    """A hot wallet: callers give up and come again, and take no place in the queue from other wallets."""
+    held, other = await ledger.held(org_id, 100), uuid4()
+    posted = settle(org_id, held.hold_id, 40)
+    limits = WriterLimits(operations_in_flight_max=2)
+    writer = Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics, limits=limits)
+    async with ledger.pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", org_id)
+        impatient = [asyncio.create_task(writer.apply(posted)) for _ in range(10)]
+        await asyncio.wait(impatient, timeout=0.1)
+        for caller in impatient:
+            caller.cancel()
+        await asyncio.wait(impatient)
+        retries = [asyncio.create_task(writer.apply(posted)) for _ in range(10)]
+        assert isinstance(await writer.apply(place(other, 10)), Held)
+        with pytest.raises(IdempotencyMismatch):
+            await writer.apply(settle(org_id, held.hold_id, 41))
+        assert not any(retry.done() for retry in retries)
+    assert set(await asyncio.gather(*retries)) == {Settled(40, 40, 0, SIGNUP_NANO - 40)}
+    assert (await ledger.wallet(org_id)).spent == 40
+    with pytest.raises(IdempotencyMismatch):
+        await writer.apply(settle(org_id, held.hold_id, 41))
+
+
+async def test_heartbeats_with_different_usage_do_not_clash(ledger: Ledger, org_id: UUID) -> None:
+    held = await ledger.held(org_id, 100)
+    answers = await outcomes(ledger, *[heartbeat(org_id, held.hold_id, n) for n in range(5)])
+    assert {type(a) for a in answers} == {Extended}
 
 
 async def test_a_hold_belongs_to_one_wallet(ledger: Ledger, org_id: UUID) -> None:

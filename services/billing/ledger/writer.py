@@ -6,7 +6,8 @@ Failure modes:
 - The connection breaks, or PostgreSQL restarts, or gives up the transaction: nothing was written, or all of it was
   and the acknowledgement was lost. Either way the same operation is sent again, a bounded number of times, and finds
   out by its key. After that the caller gets `billing_unavailable` and may come again with the same id.
-- The caller goes away: the transaction goes on, in a task of its own, and `close` waits for it.
+- The caller goes away: the transaction goes on, in a task of its own, and `close` waits for it. A caller that comes
+  again with the same operation meanwhile waits for that task: retries do not queue up.
 - Too many wait: `billing_overloaded`, at once.
 Operations on one wallet queue up in this process before they take a connection, so that one busy wallet does not
 starve the others of the pool.
@@ -74,20 +75,38 @@ class Writer:
         self._limits = limits or WriterLimits()
         self._queues: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Result]] = set()
+        self._under_way: dict[tuple[UUID, str], tuple[bytes, asyncio.Task[Result]]] = {}
 
     async def apply(self, operation: Operation) -> Result:
         """See `Ledger.apply`."""
+        return await asyncio.shield(self._joined(operation) if operation.remembered else self._begun(operation))
+
+    async def close(self) -> None:
+        """Wait for what is under way; its callers may be gone."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _joined(self, operation: Operation) -> asyncio.Task[Result]:
+        """The task of this operation, begun now unless it is under way. Raises IdempotencyMismatch."""
+        key, digest = (operation.tenant, operation.key), operation.body_sha256()
+        if key in self._under_way:
+            first_digest, first = self._under_way[key]
+            if first_digest != digest:
+                self._count(operation, IdempotencyMismatch.default_code)
+                raise IdempotencyMismatch()
+            return first
+        task = self._begun(operation)
+        self._under_way[key] = digest, task
+        task.add_done_callback(lambda _: self._under_way.pop(key))
+        return task
+
+    def _begun(self, operation: Operation) -> asyncio.Task[Result]:
         if len(self._tasks) >= self._limits.operations_in_flight_max:
             self._count(operation, "billing_overloaded")
             raise LedgerUnavailable(code="billing_overloaded", retry_after_s=1)
         task = asyncio.create_task(self._apply(operation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
-
-    async def close(self) -> None:
-        """Wait for what is under way; its callers may be gone."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return task
 
     async def _apply(self, operation: Operation) -> Result:
         try:

@@ -3,17 +3,20 @@
 import asyncio
 import json
 import re
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import pytest
 from redis.asyncio import Redis
 
+from services.auth.clients import UsageStream
 from services.gateway.openapi import merge
 from services.gateway.upstreams import ROUTES, RouteTable
 from shared.apikeys import USAGE_STREAM
 from tests.conftest import Components
 from tests.gateway.harness import Backend, Directory, Gateway, answer, gateway, settings
-from tests.gateway.outages import free_port
+from tests.gateway.outages import eventually, free_port
 
 
 def part(paths: list[str], schema: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +150,26 @@ async def test_usage_events_say_who_and_how(
     assert (event["bytes_in"], event["bytes_out"]) == (10, len(response.content))
     assert event["duration_ms"] > 0
     assert key.secret not in str(event)
+
+
+async def test_auth_reads_from_them_when_a_key_was_last_used(
+    gateway: Gateway, directory: Directory, redis: Redis
+) -> None:
+    """Both halves as they are: the gateway's writer, auth's reader."""
+    stream = UsageStream(redis)
+    while (await stream.read(1_000))[0]:  # what earlier tests left; the first may only have made the group
+        pass
+    key = await directory.create_key()
+    began = datetime.now(UTC)
+    assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
+    uses: dict[UUID, datetime] = {}
+
+    async def arrived() -> bool:
+        uses.update((await stream.read(1_000))[1])
+        return key.key_id in uses
+
+    await eventually(arrived)
+    assert began <= uses[key.key_id] <= datetime.now(UTC)
 
 
 async def _events(redis: Redis, request_id: str) -> list[dict[str, Any]]:

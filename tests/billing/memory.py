@@ -21,7 +21,7 @@ class MemoryLedger:
 
     def __init__(self, wallet_id: UUID, terms: PriceTerms, now: datetime) -> None:
         accounts = {kind: Account(uuid7(), kind) for kind in SYSTEM_KINDS}
-        self.book = Book(wallet_id, 0, False, now, uuid7(), accounts)
+        self.book = Book(wallet_id, 0, False, now, now, uuid7(), accounts)
         self.book.prices[MODEL, DEFAULT_CLASS] = Price(uuid7(), MODEL, DEFAULT_CLASS, terms, now)
         self.written: list[Rows] = []
         self.memory: dict[str, tuple[bytes, Result | TollgateError]] = {}
@@ -36,7 +36,7 @@ class MemoryLedger:
                     raise outcome
                 return outcome
         book = self.book
-        book.now, book.op_id, book.rows, book.touched = now, uuid7(), Rows(), {}
+        book.now, book.booked_at, book.op_id, book.rows, book.touched = now, now, uuid7(), Rows(), {}
         key = kernel.memory_key(book, operation)
         result = kernel.decide(book, operation)
         self.memory[key] = (operation.body_sha256(), result)

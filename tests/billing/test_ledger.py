@@ -308,6 +308,26 @@ async def test_a_clock_that_was_set_back_does_not_reorder_history(ledger: Ledger
     assert times == sorted(times)
 
 
+async def test_a_clock_that_was_set_back_does_not_lengthen_lives(ledger: Ledger, org_id: UUID) -> None:
+    """What was written while the clock was ahead says nothing about when a hold or a grant ends."""
+    await ledger.writer.apply(OpenWallet(org_id))
+    await ledger.pool.execute("UPDATE billing.wallet SET updated_at = now() + interval '1 hour' WHERE id = $1", org_id)
+    soon = datetime.now(UTC) + timedelta(minutes=30)
+    await ledger.writer.apply(grant(org_id, 70, expires_at=soon, priority=1))
+    held = await ledger.held(org_id, 30, ttl_ms=60_000)
+    assert held.available == SIGNUP_NANO + 40
+    assert held.expires_at < soon
+    extended = await ledger.writer.apply(heartbeat(org_id, held.hold_id, 10))
+    assert isinstance(extended, Extended)
+    assert extended.expires_at < soon
+    await ledger.expire_now(held.hold_id)
+    await ledger.sweeper.sweep()
+    assert (await ledger.wallet(org_id)).spent == 10
+    row = await ledger.pool.fetchrow("SELECT * FROM billing.usage WHERE hold_id = $1", held.hold_id)
+    assert row["duration_ms"] >= 0
+    await ledger.verified()
+
+
 async def test_the_books_are_right_after_every_step_of_random_operations(ledger: Ledger) -> None:
     rng = random.Random(SEED)
     wallets = [uuid4() for _ in range(3)]

@@ -177,12 +177,16 @@ class Rows:
 
 @dataclass(slots=True)
 class Book:
-    """One wallet. `op_id` and `now` are those of the operation being applied."""
+    """One wallet. `op_id`, `now` and `booked_at` are those of the operation being applied.
+
+    `now` decides what is expired; `booked_at` never goes back within a wallet, even where the clock was set back.
+    """
 
     wallet_id: UUID
     seq: int
     is_frozen: bool
     now: datetime
+    booked_at: datetime
     op_id: UUID
     accounts: dict[AccountKind, Account]
     grants: dict[UUID, Grant] = field(default_factory=dict)
@@ -259,7 +263,7 @@ class Book:
             hold_id=hold_id,
             balance_after=self.balance,
             effective_at=effective_at or self.now,
-            booked_at=self.now,
+            booked_at=self.booked_at,
         )
         self.rows.transfers.append(transfer)
 

@@ -189,12 +189,13 @@ class _Transaction:
 
     async def _load(self, locked: Locked, is_new: bool) -> Book:
         operation = self._operation
+        now = await repository.clock(self._connection)
         book = Book(
             wallet_id=operation.wallet_id,
             seq=locked.seq,
             is_frozen=locked.is_frozen,
-            # A clock that was set back does not reorder a wallet's history.
-            now=max(await repository.clock(self._connection), locked.updated_at),
+            now=now,
+            booked_at=max(now, locked.updated_at),
             op_id=uuid7(),
             accounts={},
         )

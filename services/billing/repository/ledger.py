@@ -238,7 +238,7 @@ async def write(connection: Connection, book: Book) -> None:
         [(account_id,) for account_id in rows.expired_grants],
     )
     await connection.execute(
-        "UPDATE billing.wallet SET seq = $2, updated_at = $3 WHERE id = $1", book.wallet_id, book.seq, book.now
+        "UPDATE billing.wallet SET seq = $2, updated_at = $3 WHERE id = $1", book.wallet_id, book.seq, book.booked_at
     )
 
 

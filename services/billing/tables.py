@@ -134,7 +134,7 @@ transfer = Table(
     CheckConstraint("debit_account <> credit_account", name="two_accounts"),
     CheckConstraint("balance_after >= 0", name="balance_after"),
     CheckConstraint("code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry')", name="code"),
-    Index(None, "wallet_id", text("wallet_seq DESC")),
+    UniqueConstraint("wallet_id", "wallet_seq"),
     Index(None, "booked_at", postgresql_using="brin"),
 )
 

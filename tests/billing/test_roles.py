@@ -91,3 +91,15 @@ async def test_a_hold_has_one_resolution_by_its_primary_key(ledger: Ledger, used
             """INSERT INTO billing.hold_resolution (hold_id, op_id, kind, amount, resolved_at)
             SELECT hold_id, op_id, 'void', 0, now() FROM billing.hold_resolution LIMIT 1"""
         )
+
+
+async def test_a_number_within_a_wallet_belongs_to_one_transfer(ledger: Ledger, used: UUID) -> None:
+    """Writers that did not wait for each other would become an error, not a fork of the history."""
+    with pytest.raises(asyncpg.UniqueViolationError, match="uq_transfer_wallet_id_wallet_seq"):
+        await ledger.pool.execute(
+            """INSERT INTO billing.transfer (id, op_id, wallet_id, wallet_seq, debit_account, credit_account, amount,
+                code, balance_after, effective_at, booked_at)
+            SELECT gen_random_uuid(), op_id, wallet_id, wallet_seq, debit_account, credit_account, amount,
+                code, balance_after, effective_at, booked_at FROM billing.transfer WHERE wallet_id = $1 LIMIT 1""",
+            used,
+        )

@@ -232,13 +232,13 @@ JOURNAL = (
         CONSTRAINT ck_transfer_two_accounts CHECK (debit_account <> credit_account),
         CONSTRAINT ck_transfer_balance_after CHECK (balance_after >= 0),
         CONSTRAINT ck_transfer_code CHECK (code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry')),
+        CONSTRAINT uq_transfer_wallet_id_wallet_seq UNIQUE (wallet_id, wallet_seq),
         CONSTRAINT fk_transfer_wallet_id FOREIGN KEY(wallet_id) REFERENCES billing.wallet (id),
         CONSTRAINT fk_transfer_debit_account FOREIGN KEY(debit_account) REFERENCES billing.account (id),
         CONSTRAINT fk_transfer_credit_account FOREIGN KEY(credit_account) REFERENCES billing.account (id)
     )
     """,
     "CREATE INDEX ix_transfer_booked_at ON billing.transfer USING brin (booked_at)",
-    "CREATE INDEX ix_transfer_wallet_id ON billing.transfer (wallet_id, wallet_seq DESC)",
     """
     CREATE TABLE billing.usage (
         hold_id UUID NOT NULL,

@@ -14,7 +14,8 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from services.gateway.keys import KeyStore
+from services.gateway.domain import KeyRecord
+from services.gateway.keys import Found, KeyStore
 from services.gateway.tokens import AccessTokens
 from services.gateway.upstreams import Access, Route
 from shared import apikeys
@@ -120,24 +121,25 @@ class Admission:
 
     async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
         found = await self._keys.find(secret, _network(address))
-        record, fresh = found.record, found.fresh
         for _ in range(STALE_ATTEMPTS_MAX):
-            identity = record.identity(address)
-            denied = _denial(route, method, identity)
-            weight = 0 if denied else route.weight
+            identity, denied, weight = _asked(route, method, found.record, address)
             try:
-                decision = await self._decide_in_redis(record.subject, weight)
+                decision = await self._decide_on_key(found, weight)
             except RedisUnavailable:
-                if not fresh:  # without Redis only PostgreSQL knows whether the key still stands
-                    record, fresh = await self._keys.refresh(record), True
-                    identity = record.identity(address)
-                    denied = _denial(route, method, identity)
-                    weight = 0 if denied else route.weight
-                decision = self._decide_locally(self._local, record.subject, weight)
+                if not found.fresh:  # without Redis only PostgreSQL knows whether the key still stands
+                    found = await self._keys.refresh(found.record)
+                    identity, denied, weight = _asked(route, method, found.record, address)
+                decision = self._decide_locally(self._local, found.record.subject, weight)
             if decision.verdict is not Verdict.STALE:
                 return self._judged(identity, denied, decision)
-            record, fresh = await self._keys.refresh(record), True
+            found = await self._keys.refresh(found.record)
         raise Unavailable("Keys cannot be checked right now. Retry.", retry_after_s=1, detail="version never matched")
+
+    async def _decide_on_key(self, found: Found, weight: int) -> Decision:
+        """Redis's decision. Raises RedisUnavailable, also when it answers but would not take the key's version."""
+        if not found.filled:
+            raise RedisUnavailable("the key's version could not be written")
+        return await self._decide_in_redis(found.record.subject, weight)
 
     async def _decide(self, subject: Subject, weight: int, local: LocalLimiter) -> Decision:
         try:
@@ -176,6 +178,13 @@ def credential_of(authorization: str | None, x_api_key: str | None) -> str | Non
     if not rest:
         return scheme or None
     return rest.strip() if scheme.lower() in SCHEMES else None
+
+
+def _asked(route: Route, method: str, record: KeyRecord, address: str) -> tuple[Identity, PermissionDenied | None, int]:
+    """Who asks, why not, and what it draws: nothing when it is denied."""
+    identity = record.identity(address)
+    denied = _denial(route, method, identity)
+    return identity, denied, 0 if denied else route.weight
 
 
 def _denial(route: Route, method: str, identity: Identity) -> PermissionDenied | None:

@@ -29,10 +29,23 @@ FILL_ATTEMPTS_MAX = 3
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A key's record; `fresh` when PostgreSQL gave it for this very request."""
+    """A key's record; `fresh` when PostgreSQL gave it for this very request.
+
+    `filled` is False when Redis would not take the record's version: then its script cannot know the key, and what it
+    says of it is worth nothing.
+    """
 
     record: KeyRecord
     fresh: bool
+    filled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What PostgreSQL says of a key (None: unknown or revoked), and whether Redis took it."""
+
+    record: KeyRecord | None
+    filled: bool = True
 
 
 class KeyStore:
@@ -66,7 +79,7 @@ class KeyStore:
         )
         self._misses = LocalLimiter(clock)
         self._miss_limits = Limits(minute=unknown_per_minute, hour=60 * unknown_per_minute)
-        self._flights: dict[str, asyncio.Task[KeyRecord | None]] = {}
+        self._flights: dict[str, asyncio.Task[_Reading]] = {}
         link.subscribe(apikeys.CHANNEL, self._announced, self._records.clear)
 
     async def find(self, secret: str, address: str) -> Found:
@@ -88,9 +101,9 @@ class KeyStore:
             self._count("redis")
             self._records.put(record.digest, record)
             return Found(self._usable(record), fresh=False)
-        return Found(await self._from_database(digests, address), fresh=True)
+        return await self._from_database(digests, address)
 
-    async def refresh(self, record: KeyRecord) -> KeyRecord:
+    async def refresh(self, record: KeyRecord) -> Found:
         """The record as PostgreSQL has it now. Raises as `find`."""
         self.purge(record.digest)
         return await self._from_database([record.digest], "")
@@ -126,7 +139,7 @@ class KeyStore:
                 return record
         return None
 
-    async def _from_database(self, digests: list[str], address: str) -> KeyRecord:
+    async def _from_database(self, digests: list[str], address: str) -> Found:
         self._refuse_guessers(address)
         name = digests[0]
         flight = self._flights.get(name)
@@ -136,43 +149,44 @@ class KeyStore:
             flight.add_done_callback(lambda done: self._land(name, done))
         try:
             # A caller that leaves must not take the read away from the others.
-            record = await asyncio.shield(flight)
+            reading = await asyncio.shield(flight)
         except DatabaseUnavailable as e:
             raise Unavailable(
                 "Keys cannot be checked right now. Retry.", retry_after_s=1, detail=f"PostgreSQL: {e}"
             ) from e
         self._count("postgres")
-        if record is None:
+        if reading.record is None:
             raise Unauthenticated()
-        return self._usable(record)
+        return Found(self._usable(reading.record), fresh=True, filled=reading.filled)
 
-    def _land(self, name: str, flight: asyncio.Task[KeyRecord | None]) -> None:
+    def _land(self, name: str, flight: asyncio.Task[_Reading]) -> None:
         self._flights.pop(name, None)
         if not flight.cancelled():
             flight.exception()  # seen, also when every caller has left
 
-    async def _read_and_fill(self, digests: list[str], address: str) -> KeyRecord | None:
-        """Read until what was read is not older than what Redis knows of; None for unknown and revoked keys."""
+    async def _read_and_fill(self, digests: list[str], address: str) -> _Reading:
+        """Read until what was read is not older than what Redis knows of."""
         for _ in range(FILL_ATTEMPTS_MAX):
             record = await self._repository.find(digests)
             if record is None or not record.is_usable(self._clock.now()):
                 self._note_miss(address)
                 for digest in digests:
                     self._unknown.put(digest, True)
-                return None
-            if await self._fill_redis(record):
+                return _Reading(None)
+            try:
+                is_latest = await self._fill_redis(record)
+            except RedisUnavailable:
+                return _Reading(record, filled=False)
+            if is_latest:
                 self._records.put(record.digest, record)
-                return record
+                return _Reading(record)
         raise DatabaseUnavailable("PostgreSQL lags behind Redis")
 
     async def _fill_redis(self, record: KeyRecord) -> bool:
-        """Whether the version is the latest, as far as Redis can say."""
+        """Whether the version is the latest that Redis knows of. Raises RedisUnavailable, also when it cannot write."""
         name = apikeys.version_name(record.org_id, record.key_id)
-        try:
-            if not await self._fill((name,), (record.version, apikeys.CACHE_TTL_S)):
-                return False
-        except RedisUnavailable:
-            return True
+        if not await self._fill((name,), (record.version, apikeys.CACHE_TTL_S)):
+            return False
         self._link.send(
             "SET", apikeys.record_name(record.digest), record_to_json(record), "EX", str(apikeys.CACHE_TTL_S)
         )

@@ -68,6 +68,31 @@ async def test_without_redis_keys_and_limits_hold(
     assert ready.json()["checks"]["redis"] != "ok"
 
 
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+async def test_a_redis_that_answers_but_cannot_write_is_as_good_as_none(
+    exposed: Gateway, valkey: Valkey, directory: Directory, fault: str
+) -> None:
+    warm = await directory.create_key(limits={"minute": 5})
+    cold = await directory.create_key(limits={"minute": 5})
+    revoked = await directory.create_key()
+    assert await statuses(exposed, warm.headers, 2) == [200, 200]
+    assert await statuses(exposed, revoked.headers, 1) == [200]
+    async with Redis.from_url(valkey.url) as own:
+        if fault == "full":
+            await own.config_set("maxmemory", 1)
+        else:
+            await own.execute_command("REPLICAOF", "127.0.0.1", "1")
+        await directory.revoke(revoked, announce=False)
+        assert await statuses(exposed, cold.headers, 7) == [200] * 5 + [429] * 2
+        assert await statuses(exposed, warm.headers, 7) == [200] * 5 + [429] * 2
+        assert await statuses(exposed, revoked.headers, 1) == [401]
+        if fault == "full":
+            await own.config_set("maxmemory", 0)
+        else:
+            await own.execute_command("REPLICAOF", "NO", "ONE")
+        assert await statuses(exposed, cold.headers, 6) == [200] * 5 + [429]
+
+
 async def test_when_redis_comes_back_it_decides_again(exposed: Gateway, valkey: Valkey, directory: Directory) -> None:
     key = await directory.create_key(limits={"minute": 3})
     assert await statuses(exposed, key.headers, 3) == [200] * 3

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from services.gateway.caches import BoundedCache
 from services.gateway.domain import KeyRecord, record_from_json, record_to_json
+from services.gateway.flights import Flights
 from services.gateway.repository import DatabaseUnavailable, KeyRepository
 from shared import apikeys
 from shared.clock import Clock
@@ -29,7 +31,7 @@ FILL_ATTEMPTS_MAX = 3
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A key's record; `fresh` when PostgreSQL gave it for this very request.
+    """A key's record; `fresh` when PostgreSQL was asked for it after the request had come.
 
     `filled` is False when Redis would not take the record's version: then its script cannot know the key, and what it
     says of it is worth nothing.
@@ -79,7 +81,7 @@ class KeyStore:
         )
         self._misses = LocalLimiter(clock)
         self._miss_limits = Limits(minute=unknown_per_minute, hour=60 * unknown_per_minute)
-        self._flights: dict[str, asyncio.Task[_Reading]] = {}
+        self._flights: Flights[_Reading] = Flights()
         link.subscribe(apikeys.CHANNEL, self._announced, self._records.clear)
 
     async def find(self, secret: str, address: str) -> Found:
@@ -104,9 +106,9 @@ class KeyStore:
         return await self._from_database(digests, address)
 
     async def refresh(self, record: KeyRecord) -> Found:
-        """The record as PostgreSQL has it now. Raises as `find`."""
+        """The record as PostgreSQL has it now: no read that began earlier will do. Raises as `find`."""
         self.purge(record.digest)
-        return await self._from_database([record.digest], "")
+        return await self._from_database([record.digest], "", join=False)
 
     def purge(self, digest: str) -> None:
         """Forget what this process knows of a key: it changed."""
@@ -139,14 +141,12 @@ class KeyStore:
                 return record
         return None
 
-    async def _from_database(self, digests: list[str], address: str) -> Found:
+    async def _from_database(self, digests: list[str], address: str, *, join: bool = True) -> Found:
+        """What PostgreSQL says; with `join` also what a read says that began before: then it is not `fresh`."""
         self._refuse_guessers(address)
         name = digests[0]
-        flight = self._flights.get(name)
-        if flight is None:
-            flight = asyncio.create_task(self._read_and_fill(digests, address), name="key-read")
-            self._flights[name] = flight
-            flight.add_done_callback(lambda done: self._land(name, done))
+        earlier = self._flights.running(name) if join else None
+        flight = earlier or self._flights.begun_from_now_on(name, partial(self._read_and_fill, digests, address))
         try:
             # A caller that leaves must not take the read away from the others.
             reading = await asyncio.shield(flight)
@@ -157,12 +157,7 @@ class KeyStore:
         self._count("postgres")
         if reading.record is None:
             raise Unauthenticated()
-        return Found(self._usable(reading.record), fresh=True, filled=reading.filled)
-
-    def _land(self, name: str, flight: asyncio.Task[_Reading]) -> None:
-        self._flights.pop(name, None)
-        if not flight.cancelled():
-            flight.exception()  # seen, also when every caller has left
+        return Found(self._usable(reading.record), fresh=earlier is None, filled=reading.filled)
 
     async def _read_and_fill(self, digests: list[str], address: str) -> _Reading:
         """Read until what was read is not older than what Redis knows of."""

@@ -82,7 +82,7 @@ def own_valkey() -> Iterator[Valkey]:
 
 
 class TcpSwitch:
-    """A TCP forwarder that can be cut: what stands behind it looks dead."""
+    """A TCP forwarder that can be cut: what stands behind it looks dead. And that can be slow: it holds replies back."""
 
     def __init__(self, target_url: str) -> None:
         rest = target_url.rpartition("@")[2]
@@ -92,6 +92,17 @@ class TcpSwitch:
         self.url = target_url.replace(f"{host}:{port}", f"127.0.0.1:{self.port}")
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
+        self._replies_pass = asyncio.Event()
+        self._replies_pass.set()
+        self.held = 0
+
+    def hold_replies(self) -> None:
+        """Keep what comes from behind; `held` counts the pieces."""
+        self._replies_pass.clear()
+
+    def release_replies(self) -> None:
+        self._replies_pass.set()
+        self.held = 0
 
     async def open(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -108,14 +119,16 @@ class TcpSwitch:
         there_reader, there_writer = await asyncio.open_connection(*self._target)
         self._writers |= {writer, there_writer}
         try:
-            await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer))
+            await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer, replies=True))
         finally:
             self._writers -= {writer, there_writer}
 
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, replies: bool = False) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65_536):
+                if replies and not self._replies_pass.is_set():
+                    self.held += 1
+                    await self._replies_pass.wait()
                 writer.write(data)
                 await writer.drain()
         writer.close()

@@ -93,6 +93,27 @@ async def test_a_redis_that_answers_but_cannot_write_is_as_good_as_none(
         assert await statuses(exposed, cold.headers, 6) == [200] * 5 + [429]
 
 
+async def test_without_redis_a_revocation_counts_though_an_older_read_still_runs(
+    exposed: Gateway, valkey: Valkey, postgres: TcpSwitch, directory: Directory
+) -> None:
+    key = await directory.create_key()
+    assert await statuses(exposed, key.headers, 1) == [200]
+    valkey.kill()
+    postgres.hold_replies()
+    before = asyncio.create_task(statuses(exposed, key.headers, 1))
+    await eventually(lambda: postgres.held > 0)  # its read saw the key as it was
+    await directory.revoke(key, announce=False)
+    after = asyncio.create_task(statuses(exposed, key.headers, 1))
+
+    async def both_wait() -> bool:
+        return await exposed.metric("tollgate_http_requests_in_flight") == 2
+
+    await eventually(both_wait)
+    postgres.release_replies()
+    assert await after == [401]
+    assert await before == [200]
+
+
 async def test_when_redis_comes_back_it_decides_again(exposed: Gateway, valkey: Valkey, directory: Directory) -> None:
     key = await directory.create_key(limits={"minute": 3})
     assert await statuses(exposed, key.headers, 3) == [200] * 3

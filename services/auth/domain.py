@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 from uuid import UUID
 
 from email_validator import EmailNotValidError, validate_email
@@ -16,6 +16,8 @@ from email_validator import EmailNotValidError, validate_email
 from services.auth.errors import LimitAbovePlan, ModelNotHeld, ScopeNotHeld, WeakPassword
 from shared.errors import InvalidRequest
 from shared.identity import Identity
+
+Row = TypeVar("Row")
 
 SCOPES = ("chat", "models", "inference", "billing:read", "billing:write", "keys:read", "keys:write", "admin", "*")
 DEFAULT_KEY_SCOPES = ("chat", "models", "inference", "billing:read")
@@ -186,11 +188,16 @@ class KeyEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """A page of keys, newest first; `next_id` is where the next page begins, None on the last one."""
+class Page(Generic[Row]):
+    """A page of a list, newest first; the next page begins after `next_id`, which is None on the last one."""
 
-    keys: tuple[ApiKey, ...]
+    rows: tuple[Row, ...]
     next_id: UUID | None
+
+
+def page_of(rows: Sequence[Row], limit: int, id_of: Callable[[Row], UUID]) -> Page[Row]:
+    """The page of `limit` rows, out of one more than that where there are more."""
+    return Page(tuple(rows[:limit]), id_of(rows[limit - 1]) if len(rows) > limit else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +221,26 @@ class AuditEntry:
     org_id: UUID | None
     origin: Origin
     details: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """An entry as it stands in the log."""
+
+    id: UUID
+    at: datetime
+    entry: AuditEntry
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which lines to read: None means any; times from `since` on and before `until`."""
+
+    actor_user_id: UUID | None = None
+    org_id: UUID | None = None
+    action: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
 
 
 def audit_entry(

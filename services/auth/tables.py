@@ -244,7 +244,7 @@ class AuditRow(Base):
     """Append-only: a trigger refuses UPDATE, DELETE and TRUNCATE, and the service's role has no right to them."""
 
     __tablename__ = "audit_log"
-    __table_args__ = (Index(None, "org_id", "id"),)
+    __table_args__ = (Index(None, "org_id", "id"), Index(None, "actor_user_id", "id"), Index(None, "action", "id"))
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     at: Mapped[datetime]

@@ -1,20 +1,29 @@
-"""For operators: other people's keys and accounts."""
+"""For operators: other people's keys and accounts, and the audit log."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
 
-from services.auth.domain import UserStatus
+from services.auth.domain import AuditFilter, AuditLine, UserStatus
 from services.auth.errors import KeyNotActive, KeyNotFound, UserNotFound
 from services.auth.routes.dependencies import AllServices, CurrentActor
-from services.auth.routes.fields import Body, LimitsBody, refusals
+from services.auth.routes.fields import Body, LimitsBody, Timestamp, refusals
 from services.auth.routes.keys import KeyAnswer, key_answer
+from services.auth.routes.pages import Before, PageSize, cursor_of
 from shared.errors import InvalidRequest, PermissionDenied, Unauthenticated
 
 router = APIRouter(prefix="/api/v1/admin/auth", tags=["admin"])
+
+ACTION = r"^[a-z_]{1,40}\.[a-z_]{1,40}$"
+
+
+# Bounds that every calculation with a time stands, in Python and in PostgreSQL.
+LogTime = Annotated[Timestamp, Field(ge=datetime(1970, 1, 2, tzinfo=UTC), lt=datetime(2200, 1, 1, tzinfo=UTC))]
 
 
 class SetLimitsBody(Body):
@@ -30,6 +39,60 @@ class UserStatusBody(Body):
 class UserStatusAnswer(BaseModel):
     user_id: UUID
     status: UserStatus
+
+
+class AuditLineAnswer(BaseModel):
+    """What was done, by whom, to what, from where. `details` has `before` and `after` where something changed."""
+
+    object: Literal["audit_line"] = "audit_line"
+    id: UUID
+    at: datetime
+    action: str
+    actor_user_id: UUID | None
+    actor_key_id: UUID | None
+    org_id: UUID | None
+    target_type: str
+    target_id: UUID | None
+    request_id: str
+    address: str | None
+    details: dict[str, Any]
+
+
+class AuditListAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AuditLineAnswer]
+    has_more: bool
+    next_cursor: str | None
+
+
+class AuditQuery(Body):
+    """Which lines: all that are given must hold."""
+
+    actor: UUID | None = Field(None, description="The user who acted.")
+    org: UUID | None = Field(None, description="The organisation it happened in.")
+    action: str | None = Field(None, pattern=ACTION, description="As in `key.revoked`.")
+    since: LogTime | None = Field(None, description="From this time on; with an offset.")
+    until: LogTime | None = Field(None, description="Before this time; with an offset.")
+
+
+@router.get(
+    "/audit", summary="Read the audit log", responses=refusals(InvalidRequest, Unauthenticated, PermissionDenied)
+)
+async def read_audit(
+    wanted: Annotated[AuditQuery, Depends()],
+    actor: CurrentActor,
+    services: AllServices,
+    before: Before,
+    limit: PageSize = 50,
+) -> AuditListAnswer:
+    """Every organisation's, newest first."""
+    chosen = AuditFilter(wanted.actor, wanted.org, wanted.action, wanted.since, wanted.until)
+    page = await services.admin.audit_page(actor, chosen, before=before, limit=limit)
+    return AuditListAnswer(
+        data=[_audit_line(line) for line in page.rows],
+        has_more=page.next_id is not None,
+        next_cursor=cursor_of(page.next_id),
+    )
 
 
 @router.post(
@@ -63,3 +126,20 @@ async def set_user_status(
 ) -> UserStatusAnswer:
     """A disabled user's sessions end and their keys stop; enabled again, the keys work again."""
     return UserStatusAnswer(user_id=user_id, status=await services.admin.set_user_status(actor, user_id, body.status))
+
+
+def _audit_line(line: AuditLine) -> AuditLineAnswer:
+    entry = line.entry
+    return AuditLineAnswer(
+        id=line.id,
+        at=line.at,
+        action=entry.action,
+        actor_user_id=entry.actor_user_id,
+        actor_key_id=entry.actor_key_id,
+        org_id=entry.org_id,
+        target_type=entry.target_type,
+        target_id=entry.target_id,
+        request_id=entry.origin.request_id,
+        address=entry.origin.address,
+        details=dict(entry.details),
+    )

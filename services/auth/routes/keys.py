@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.auth.domain import DEFAULT_KEY_SCOPES, KEY_LIFETIME_DAYS_MAX, ApiKey
 from services.auth.errors import KeyNotActive, KeyNotFound, LimitAbovePlan, ModelNotHeld, ScopeNotHeld, TooManyKeys
 from services.auth.routes.dependencies import AllServices, CurrentActor
 from services.auth.routes.fields import Body, KeyName, LimitsAnswer, LimitsBody, Models, Scopes, Timestamp, refusals
+from services.auth.routes.pages import Before, PageSize, cursor_of
 from services.auth.service.keys import KeyChange, KeyDraft, NewKey
 from shared.errors import InvalidRequest, Unauthenticated
 
 router = APIRouter(prefix="/api/v1/keys", tags=["keys"])
 
-PAGE_MAX = 100
 GRACE_S_DEFAULT = 86_400
 GRACE_S_MAX = 30 * 86_400
 
@@ -99,20 +97,14 @@ async def create_key(body: CreateKeyBody, actor: CurrentActor, services: AllServ
 
 
 @router.get("", summary="List keys", responses=refusals(InvalidRequest, Unauthenticated))
-async def list_keys(
-    actor: CurrentActor,
-    services: AllServices,
-    limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")] = None,
-) -> KeyListAnswer:
+async def list_keys(actor: CurrentActor, services: AllServices, before: Before, limit: PageSize = 20) -> KeyListAnswer:
     """The organisation's keys, revoked ones too, newest first."""
-    before = None if cursor is None else _parse_cursor(cursor)
     page = await services.keys.page(actor, before=before, limit=limit)
     now = services.clock.now()
     return KeyListAnswer(
-        data=[key_answer(key, now) for key in page.keys],
+        data=[key_answer(key, now) for key in page.rows],
         has_more=page.next_id is not None,
-        next_cursor=None if page.next_id is None else _cursor(page.next_id),
+        next_cursor=cursor_of(page.next_id),
     )
 
 
@@ -195,14 +187,3 @@ def _future(expires_at: datetime | None, now: datetime) -> datetime | None:
             f"expires_at: give a time in the future, at most {KEY_LIFETIME_DAYS_MAX} days ahead.", param="expires_at"
         )
     return expires_at
-
-
-def _cursor(key_id: UUID) -> str:
-    return base64.urlsafe_b64encode(key_id.bytes).rstrip(b"=").decode()
-
-
-def _parse_cursor(cursor: str) -> UUID:
-    try:
-        return UUID(bytes=base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, binascii.Error) as e:
-        raise InvalidRequest("cursor: send next_cursor of the page before, unchanged.", param="cursor") from e

@@ -7,7 +7,17 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from services.auth.domain import Actor, ApiKey, UserStatus, audit_entry, merge_limits
+from services.auth.domain import (
+    Actor,
+    ApiKey,
+    AuditFilter,
+    AuditLine,
+    Page,
+    UserStatus,
+    audit_entry,
+    merge_limits,
+    page_of,
+)
 from services.auth.errors import KeyNotActive, UserNotFound
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
@@ -49,6 +59,15 @@ class Admin:
             changed = await repository.get(key_id)
         await self._outbox.deliver(events)
         return changed
+
+    async def audit_page(
+        self, actor: Actor, wanted: AuditFilter, *, before: UUID | None, limit: int
+    ) -> Page[AuditLine]:
+        """The audit log of the installation, newest first."""
+        actor.identity.require_role(*OPERATORS)
+        async with self._sessions() as session:
+            lines = await audit.page(session, wanted, before=before, limit=limit + 1)
+        return page_of(lines, limit, lambda line: line.id)
 
     async def revoke_key(self, actor: Actor, key_id: UUID) -> ApiKey:
         """Revoke any organisation's key. Raises KeyNotFound."""

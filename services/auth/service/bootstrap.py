@@ -79,7 +79,14 @@ class Bootstrap:
             await accounts.grant_role(account.user_id, role)
             events = await KeyRepository(session, tenant=None).owner_changed(account.user_id)
             entry = AuditEntry(
-                "user.role_granted", "user", account.user_id, None, None, account.org_id, ORIGIN, {"role": role}
+                action="user.role_granted",
+                target_type="user",
+                target_id=account.user_id,
+                actor_user_id=None,
+                actor_key_id=None,
+                org_id=account.org_id,
+                origin=ORIGIN,
+                details={"before": sorted(account.roles), "after": sorted((*account.roles, role))},
             )
             await audit.append(session, entry, self._clock.now())
         await self._outbox.deliver(events)

@@ -23,6 +23,7 @@ from services.auth.domain import (
     check_models,
     check_scopes,
     merge_limits,
+    page_of,
 )
 from services.auth.errors import KeyNotActive, TooManyKeys
 from services.auth.repository import audit
@@ -122,13 +123,12 @@ class Keys:
         self._metrics.keys.labels("created").inc()
         return new
 
-    async def page(self, actor: Actor, *, before: UUID | None, limit: int) -> Page:
+    async def page(self, actor: Actor, *, before: UUID | None, limit: int) -> Page[ApiKey]:
         """The organisation's keys, newest first."""
         actor.identity.require_scope("keys:read")
         async with self._sessions() as session:
             keys = await KeyRepository(session, tenant=actor.org_id).page(before=before, limit=limit + 1)
-        more = len(keys) > limit
-        return Page(tuple(keys[:limit]), keys[limit - 1].id if more else None)
+        return page_of(keys, limit, lambda key: key.id)
 
     async def get(self, actor: Actor, key_id: UUID) -> ApiKey:
         """Raises KeyNotFound, also for another organisation's."""
@@ -177,7 +177,9 @@ class Keys:
             key = await repository.lock(key_id)
             events = await repository.revoke([key_id], now)
             if events:
-                await audit.append(session, audit_entry(actor, "key.revoked", "api_key", key_id, key.org_id), now)
+                before, after = key.state_at(now), KeyStatus.REVOKED.value
+                entry = audit_entry(actor, "key.revoked", "api_key", key_id, key.org_id, before=before, after=after)
+                await audit.append(session, entry, now)
                 key = await repository.get(key_id)
         if events:
             self._metrics.keys.labels("revoked").inc()

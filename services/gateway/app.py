@@ -141,7 +141,9 @@ def _pages(settings: GatewaySettings, floor: _Floor, readiness: Readiness) -> Pa
         version=VERSION,
         clock=floor.clock,
     )
-    return Pages(readiness=readiness, openapi=openapi)
+    return Pages(
+        readiness=readiness, openapi=openapi, clock=floor.clock, readiness_ttl_s=settings.gateway_readiness_ttl_s
+    )
 
 
 def _edge(

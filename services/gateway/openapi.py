@@ -1,7 +1,7 @@
 """One OpenAPI document out of the services' own: only public paths, one set of security schemes, no name clashes.
 
 The merged document is kept for `ttl_s`. A service that does not answer keeps the part that it gave last; one that
-never answered is left out until it does.
+never answered is left out until it does, and the document without it is kept for INCOMPLETE_TTL_S only.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shared.telemetry import get_logger
 log = get_logger(__name__)
 
 DOCUMENT_BYTES_MAX = 4 * 1024 * 1024
+INCOMPLETE_TTL_S = 5.0
 VERBS = ("get", "post", "put", "patch", "delete")
 REF_PREFIX = "#/components/"
 DESCRIPTION = (
@@ -62,18 +63,19 @@ class OpenApi:
         self._timeout_s = timeout_ms / 1000
         self._last: dict[str, dict[str, Any]] = {}
         self._merged: BoundedCache[str, bytes] = BoundedCache(clock, entries_max=1, ttl_s=ttl_s)
+        self._incomplete: BoundedCache[str, bytes] = BoundedCache(clock, entries_max=1, ttl_s=INCOMPLETE_TTL_S)
         self._merging = asyncio.Lock()
 
     async def document(self) -> bytes:
         """The merged document as JSON."""
         async with self._merging:
-            if (merged := self._merged.get("")) is None:
+            if (merged := self._merged.get("") or self._incomplete.get("")) is None:
                 parts = await asyncio.gather(*(self._part(u) for u in self._upstreams.values()))
                 known = {name: part for name, part in zip(self._upstreams, parts, strict=True) if part is not None}
                 document = merge(known, self._routes, public_url=self._public_url, version=self._version)
                 merged = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-                if len(known) == len(self._upstreams):  # an incomplete one is put together anew next time
-                    self._merged.put("", merged)
+                is_complete = len(known) == len(self._upstreams)
+                (self._merged if is_complete else self._incomplete).put("", merged)
             return merged
 
     async def _part(self, upstream: Upstream) -> dict[str, Any] | None:

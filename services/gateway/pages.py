@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ClassVar
 
+from services.gateway.caches import BoundedCache
 from services.gateway.exchange import Exchange, RawHeaders
 from services.gateway.openapi import OpenApi
+from shared.clock import Clock
 from shared.errors import MethodNotAllowed, NotFound
 from shared.web import Readiness
 
@@ -51,12 +54,19 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class Pages:
-    """Answers a path that is the gateway's own, GET and HEAD only."""
+    """Answers a path that is the gateway's own, GET and HEAD only.
+
+    Anyone may ask, so that the checks behind /readyz run once at a time and their report is kept for `readiness_ttl_s`.
+    """
 
     UNLOGGED: ClassVar[tuple[str, ...]] = ("/healthz", "/readyz")
 
-    def __init__(self, *, readiness: Readiness, openapi: OpenApi) -> None:
+    def __init__(self, *, readiness: Readiness, openapi: OpenApi, clock: Clock, readiness_ttl_s: float = 1) -> None:
         self._readiness = readiness
+        self._reports: BoundedCache[bool, tuple[bool, dict[str, str]]] = BoundedCache(
+            clock, entries_max=1, ttl_s=readiness_ttl_s
+        )
+        self._reporting = asyncio.Lock()
         self._openapi = openapi
         self._assets = _load_assets()
         self._handlers: dict[str, Handler] = {
@@ -88,11 +98,19 @@ class Pages:
 
     async def readiness_report(self) -> tuple[int, dict[str, object]]:
         """200 `ok`; 200 `degraded` while requests can still be admitted; 503 `unavailable`."""
-        all_ok, checks = await self._readiness.report()
+        all_ok, checks = await self._recent_report()
         if all_ok:
             return 200, {"status": "ok", "checks": checks}
         serving = not self._readiness.draining and any(checks.get(name) == "ok" for name in CRITICAL_CHECKS)
         return (200 if serving else 503), {"status": "degraded" if serving else "unavailable", "checks": checks}
+
+    async def _recent_report(self) -> tuple[bool, dict[str, str]]:
+        async with self._reporting:
+            draining = self._readiness.draining  # is told at once
+            if (report := self._reports.get(draining)) is None:
+                report = await self._readiness.report()
+                self._reports.put(draining, report)
+            return report
 
     async def _document(self, exchange: Exchange) -> None:
         await exchange.respond(200, [JSON, NO_STORE], await self._openapi.document())

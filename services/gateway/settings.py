@@ -53,6 +53,7 @@ class GatewaySettings(ServiceSettings):
     gateway_heartbeat_interval_s: float = Field(default=2, gt=0)
     gateway_heartbeat_ttl_s: float = Field(default=10, gt=0)
     gateway_jwks_interval_s: float = Field(default=300, gt=0)
+    gateway_readiness_ttl_s: float = Field(default=1, gt=0)
     gateway_usage_queue_max: int = Field(default=10_000, ge=1)
 
     @property

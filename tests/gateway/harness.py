@@ -323,6 +323,7 @@ def settings(redis_url: str, database_url: str, service_url: str, **changes: Any
         "gateway_unknown_keys_per_minute": 10_000,
         "gateway_heartbeat_interval_s": 0.05,
         "gateway_heartbeat_ttl_s": 2,
+        "gateway_readiness_ttl_s": 0.01,
     }
     return GatewaySettings(**{**values, **changes})
 

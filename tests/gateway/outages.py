@@ -82,7 +82,7 @@ def own_valkey() -> Iterator[Valkey]:
 
 
 class TcpSwitch:
-    """A TCP forwarder that can be cut: what stands behind it looks dead. And that can be slow: it holds replies back."""
+    """A TCP forwarder that can be cut: what stands behind it looks dead; or held: it looks slow."""
 
     def __init__(self, target_url: str) -> None:
         rest = target_url.rpartition("@")[2]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -102,6 +103,28 @@ async def test_the_document_survives_a_service_that_is_down(
     async with gateway(settings(components.redis_url, database_url, backend.url, auth_url=nowhere)) as running:
         document = (await running.http.get("/openapi.json")).json()
     assert list(document["paths"]) == ["/v1/models"]
+
+
+async def test_readiness_and_documentation_cost_the_services_no_more_for_many_visitors(
+    components: Components, database_url: str, backend: Backend
+) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    asked: Counter[str] = Counter()
+
+    async def count(scope: Any, _receive: Any, send: Any) -> None:
+        asked[scope["path"]] += 1
+        await answer(send, 200, b'{"paths": {}}')
+
+    backend.handlers["/openapi.json"] = backend.handlers["/healthz"] = count
+    configured = settings(
+        components.redis_url, database_url, backend.url, auth_url=nowhere, gateway_readiness_ttl_s=3_600
+    )
+    async with gateway(configured) as running:
+        for path in ("/readyz", "/openapi.json"):
+            responses = await asyncio.gather(*(running.http.get(path) for _ in range(20)))
+            assert {r.status_code for r in responses} == {200}
+            assert len({r.content for r in responses}) == 1
+    assert asked == {"/healthz": 3, "/openapi.json": 3}  # one for each service that there is
 
 
 async def test_docs_need_nothing_from_outside(gateway: Gateway) -> None:

@@ -53,7 +53,9 @@ class Admitted:
 
 
 class Admission:
-    """See the module. `live_gateways` is kept by the heartbeat: how many shared the limits when Redis last answered."""
+    """See the module. `live_gateways` is kept by the heartbeat: how many shared the limits when Redis last answered;
+    until it first does, `gateways` as configured.
+    """
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class Admission:
         metrics: GatewayMetrics,
         user_limits: Limits,
         anonymous_limits: Limits,
+        gateways: int,
     ) -> None:
         self._keys = keys
         self._tokens = tokens
@@ -79,7 +82,7 @@ class Admission:
         self._decisions = metrics.admissions
         self._admitted = metrics.admissions.labels("admitted")
         self._duration_s = metrics.limiter_duration_s
-        self.live_gateways = 1
+        self.live_gateways = gateways
 
     async def admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
         """Let a request in, or raise Unauthenticated, PermissionDenied, RateLimited or Unavailable."""

@@ -73,6 +73,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         metrics=floor.metrics,
         user_limits=settings.user_limits,
         anonymous_limits=settings.anonymous_limits,
+        gateways=settings.gateway_replicas,
     )
     usage = UsageEvents(floor.link, floor.metrics, queue_max=settings.gateway_usage_queue_max)
     heartbeat = Heartbeat(

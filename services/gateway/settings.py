@@ -50,6 +50,7 @@ class GatewaySettings(ServiceSettings):
     gateway_anonymous_per_day: int = Field(default=10_000, ge=0)
     gateway_lease_ttl_s: float = Field(default=60, gt=0)
 
+    gateway_replicas: int = Field(default=1, ge=1)  # how many share the limits, until Redis has said how many live
     gateway_heartbeat_interval_s: float = Field(default=2, gt=0)
     gateway_heartbeat_ttl_s: float = Field(default=10, gt=0)
     gateway_jwks_interval_s: float = Field(default=300, gt=0)

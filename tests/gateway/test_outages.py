@@ -145,6 +145,24 @@ async def test_live_gateways_share_the_limit_when_redis_goes(
     assert outcomes.count(200) == 8
 
 
+async def test_gateways_that_start_without_redis_share_the_limit_as_configured(
+    valkey: Valkey, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    valkey.kill()
+    key = await directory.create_key(limits={"minute": 9})
+    async with gateway(settings(valkey.url, database_url, backend.url, gateway_replicas=3)) as running:
+        assert await statuses(running, key.headers, 4) == [200] * 3 + [429]
+        valkey.start()
+        await running.ready(redis="ok")
+
+        async def has_beaten() -> bool:
+            return await running.metric("tollgate_gateway_redis_up") == 1
+
+        await eventually(has_beaten)
+        valkey.kill()  # it was alone
+        assert await statuses(running, key.headers, 7) == [200] * 6 + [429]
+
+
 async def test_without_postgresql_known_keys_work(exposed: Gateway, postgres: TcpSwitch, directory: Directory) -> None:
     known, unknown = await directory.create_key(), await directory.create_key()
     assert await statuses(exposed, known.headers, 1) == [200]

@@ -17,6 +17,7 @@ SELECT digest, pepper, key_id, limit_id, org_id, user_id, plan, roles, scopes, m
   FROM auth.key_view
  WHERE digest = ANY($1::text[])
 """
+POSTGRES_FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 class DatabaseUnavailable(Exception):
@@ -56,7 +57,7 @@ class KeyRepository:
         try:
             async with asyncio.timeout(2 * self._timeout_s), self._pool.acquire(timeout=self._timeout_s) as connection:
                 row = await connection.fetchrow(BY_DIGEST, digests)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+        except (OSError, TimeoutError, *POSTGRES_FAILURES) as e:
             raise DatabaseUnavailable(type(e).__name__) from e
         return None if row is None else record_from_row(row)
 

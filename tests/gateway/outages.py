@@ -5,6 +5,7 @@ that can be cut. And waiting for what comes of it.
 import asyncio
 import contextlib
 import importlib.util
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DEADLINE_S = 20.0
+# PostgreSQL: BindComplete, then a DataRow with its length and the number of its columns.
+ONE_ROW = re.compile(rb"(2\x00\x00\x00\x04D.{4})..", re.DOTALL)
 
 
 def free_port() -> int:
@@ -82,7 +85,7 @@ def own_valkey() -> Iterator[Valkey]:
 
 
 class TcpSwitch:
-    """A TCP forwarder that can be cut: what stands behind it looks dead; or held: it looks slow."""
+    """A TCP forwarder that can be cut: what stands behind it looks dead; held: it looks slow; or corrupted."""
 
     def __init__(self, target_url: str) -> None:
         rest = target_url.rpartition("@")[2]
@@ -95,6 +98,7 @@ class TcpSwitch:
         self._replies_pass = asyncio.Event()
         self._replies_pass.set()
         self.held = 0
+        self.corrupts_rows = False
 
     def hold_replies(self) -> None:
         """Keep what comes from behind; `held` counts the pieces."""
@@ -129,6 +133,8 @@ class TcpSwitch:
                 if replies and not self._replies_pass.is_set():
                     self.held += 1
                     await self._replies_pass.wait()
+                if replies and self.corrupts_rows:
+                    data = ONE_ROW.sub(b"\\g<1>\x00\x01", data)  # of one column, whatever was described
                 writer.write(data)
                 await writer.drain()
         writer.close()

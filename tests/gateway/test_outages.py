@@ -176,6 +176,17 @@ async def test_without_postgresql_known_keys_work(exposed: Gateway, postgres: Tc
     assert await statuses(exposed, unknown.headers, 1) == [200]
 
 
+async def test_a_postgresql_that_talks_nonsense_is_as_good_as_none(
+    exposed: Gateway, postgres: TcpSwitch, directory: Directory
+) -> None:
+    key = await directory.create_key()
+    postgres.corrupts_rows = True
+    response = await exposed.http.get("/v1/models", headers=key.headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "service_unavailable")
+    postgres.corrupts_rows = False
+    assert await statuses(exposed, key.headers, 1) == [200]
+
+
 async def test_without_both_nobody_passes(
     exposed: Gateway, valkey: Valkey, postgres: TcpSwitch, directory: Directory, backend: Backend
 ) -> None:

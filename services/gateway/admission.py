@@ -116,7 +116,7 @@ class Admission:
     async def _admit_token(self, route: Route, method: str, token: str, address: str) -> Admitted:
         if token.count(".") != 2:
             raise Unauthenticated()
-        identity = replace(await self._tokens.verify(token), address=address)
+        identity = replace(await self._tokens.verify(token, _network(address)), address=address)
         denied = _denial(route, method, identity)
         subject = Subject(tag=identity.org_id, limit_id=identity.limit_id, limits=self._user_limits)
         weight = 0 if denied else route.weight

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from services.gateway.access_log import AccessLog
 from services.gateway.admission import Admission
 from services.gateway.edge import Edge, parse_networks
+from services.gateway.guesses import Guesses
 from services.gateway.internal import InternalPages
 from services.gateway.keys import KeyStore
 from services.gateway.openapi import OpenApi
@@ -59,13 +60,14 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
             timeout_ms=settings.gateway_database_timeout_ms,
         )
     )
-    keys = _keys(settings, floor, repository)
+    guesses = Guesses(floor.clock, per_minute=settings.gateway_unknown_keys_per_minute)
+    keys = _keys(settings, floor, repository, guesses)
     await stack.enter_async_context(floor.link)  # after everything that subscribes
     key_set = JsonWebKeySet(floor.session, floor.upstreams["auth"], floor.clock)
     limiter = RedisLimiter(floor.link, lease_ttl_s=settings.gateway_lease_ttl_s)
     admission = Admission(
         keys=keys,
-        tokens=AccessTokens(key_set, floor.clock),
+        tokens=AccessTokens(key_set, floor.clock, guesses),
         limiter=limiter,
         local=LocalLimiter(floor.clock),
         local_addresses=LocalLimiter(floor.clock),
@@ -118,18 +120,18 @@ async def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
     return _Floor(clock, registry, GatewayMetrics(registry), link, session, create_upstreams(urls, clock), RouteTable())
 
 
-def _keys(settings: GatewaySettings, floor: _Floor, repository: KeyRepository) -> KeyStore:
+def _keys(settings: GatewaySettings, floor: _Floor, repository: KeyRepository, guesses: Guesses) -> KeyStore:
     return KeyStore(
         peppers=Peppers(settings.api_key_peppers.get_secret_value()),
         repository=repository,
         link=floor.link,
         clock=floor.clock,
         metrics=floor.metrics,
+        guesses=guesses,
         process_entries_max=settings.gateway_key_cache_entries_max,
         process_ttl_s=settings.gateway_key_cache_ttl_s,
         negative_entries_max=settings.gateway_negative_cache_entries_max,
         negative_ttl_s=settings.gateway_negative_cache_ttl_s,
-        unknown_per_minute=settings.gateway_unknown_keys_per_minute,
     )
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from services.gateway.caches import BoundedCache
 from services.gateway.domain import KeyRecord, record_from_json, record_to_json
 from services.gateway.flights import Flights
+from services.gateway.guesses import Guesses
 from services.gateway.repository import DatabaseUnavailable, KeyRepository
 from shared import apikeys
 from shared.clock import Clock
-from shared.errors import RateLimited, Unauthenticated, Unavailable
-from shared.limits import Limits, LocalLimiter, RedisLink, RedisUnavailable, Script, Subject, TooManySubjects
+from shared.errors import Unauthenticated, Unavailable
+from shared.limits import RedisLink, RedisUnavailable, Script
 from shared.telemetry import GatewayMetrics
 
 FILL = Path(__file__).parent / "fill.lua"
@@ -42,16 +43,8 @@ class Found:
     filled: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """What PostgreSQL says of a key (None: unknown or revoked), and whether Redis took it."""
-
-    record: KeyRecord | None
-    filled: bool = True
-
-
 class KeyStore:
-    """See the module. `unknown_per_minute` bounds how often one address may make PostgreSQL look for nothing."""
+    """See the module. `guesses` bounds how often one address may make PostgreSQL look for nothing."""
 
     def __init__(
         self,
@@ -61,11 +54,11 @@ class KeyStore:
         link: RedisLink,
         clock: Clock,
         metrics: GatewayMetrics,
+        guesses: Guesses,
         process_entries_max: int,
         process_ttl_s: float,
         negative_entries_max: int,
         negative_ttl_s: float,
-        unknown_per_minute: int,
     ) -> None:
         self._peppers = peppers
         self._repository = repository
@@ -79,9 +72,8 @@ class KeyStore:
         self._unknown: BoundedCache[str, bool] = BoundedCache(
             clock, entries_max=negative_entries_max, ttl_s=negative_ttl_s
         )
-        self._misses = LocalLimiter(clock)
-        self._miss_limits = Limits(minute=unknown_per_minute, hour=60 * unknown_per_minute)
-        self._flights: Flights[_Reading] = Flights()
+        self._guesses = guesses
+        self._flights: Flights[Found] = Flights()
         link.subscribe(apikeys.CHANNEL, self._announced, self._records.clear)
 
     async def find(self, secret: str, address: str) -> Found:
@@ -143,38 +135,42 @@ class KeyStore:
 
     async def _from_database(self, digests: list[str], address: str, *, join: bool = True) -> Found:
         """What PostgreSQL says; with `join` also what a read says that began before: then it is not `fresh`."""
-        self._refuse_guessers(address)
         name = digests[0]
         earlier = self._flights.running(name) if join else None
         flight = earlier or self._flights.begun_from_now_on(name, partial(self._read_and_fill, digests, address))
         try:
             # A caller that leaves must not take the read away from the others.
-            reading = await asyncio.shield(flight)
+            found = await asyncio.shield(flight)
         except DatabaseUnavailable as e:
             raise Unavailable(
                 "Keys cannot be checked right now. Retry.", retry_after_s=1, detail=f"PostgreSQL: {e}"
             ) from e
+        except Unauthenticated:
+            self._count("postgres")
+            raise
         self._count("postgres")
-        if reading.record is None:
-            raise Unauthenticated()
-        return Found(self._usable(reading.record), fresh=earlier is None, filled=reading.filled)
+        return Found(self._usable(found.record), fresh=earlier is None, filled=found.filled)
 
-    async def _read_and_fill(self, digests: list[str], address: str) -> _Reading:
-        """Read until what was read is not older than what Redis knows of."""
+    async def _read_and_fill(self, digests: list[str], address: str) -> Found:
+        """Read until what was read is not older than what Redis knows of. Raises Unauthenticated, RateLimited."""
+        with self._guesses.attempt(address):
+            record, filled = await self._read_latest(digests)
+        return Found(record, fresh=True, filled=filled)
+
+    async def _read_latest(self, digests: list[str]) -> tuple[KeyRecord, bool]:
         for _ in range(FILL_ATTEMPTS_MAX):
             record = await self._repository.find(digests)
             if record is None or not record.is_usable(self._clock.now()):
-                self._note_miss(address)
                 for digest in digests:
                     self._unknown.put(digest, True)
-                return _Reading(None)
+                raise Unauthenticated()
             try:
                 is_latest = await self._fill_redis(record)
             except RedisUnavailable:
-                return _Reading(record, filled=False)
+                return record, False
             if is_latest:
                 self._records.put(record.digest, record)
-                return _Reading(record)
+                return record, True
         raise DatabaseUnavailable("PostgreSQL lags behind Redis")
 
     async def _fill_redis(self, record: KeyRecord) -> bool:
@@ -186,30 +182,6 @@ class KeyStore:
             "SET", apikeys.record_name(record.digest), record_to_json(record), "EX", str(apikeys.CACHE_TTL_S)
         )
         return True
-
-    def _guesser(self, address: str) -> Subject:
-        return Subject(tag=address, limit_id="unknown-keys", limits=self._miss_limits)
-
-    def _refuse_guessers(self, address: str) -> None:
-        if not address:
-            return
-        try:
-            state = self._misses.admit(self._guesser(address), weight=0)
-        except TooManySubjects:
-            return  # the pool of connections still bounds what PostgreSQL has to bear
-        spent = [w for w in state.windows if w.remaining == 0]
-        if spent:
-            raise RateLimited(
-                "Too many unknown keys from this address. Wait as long as Retry-After says.",
-                retry_after_s=max(w.reset_s for w in spent),
-            )
-
-    def _note_miss(self, address: str) -> None:
-        if address:
-            try:
-                self._misses.admit(self._guesser(address))
-            except TooManySubjects:
-                return
 
     def _count(self, source: str) -> None:
         self._lookups.labels(source).inc()

@@ -39,7 +39,7 @@ class GatewaySettings(ServiceSettings):
     gateway_key_cache_ttl_s: float = Field(default=30, gt=0)
     gateway_negative_cache_entries_max: int = Field(default=10_000, ge=1)
     gateway_negative_cache_ttl_s: float = Field(default=30, gt=0)
-    gateway_unknown_keys_per_minute: int = Field(default=60, ge=1)
+    gateway_unknown_keys_per_minute: int = Field(default=60, ge=1)  # of one address, and bad tokens with them
 
     gateway_user_per_minute: int = Field(default=60, ge=0)
     gateway_user_per_hour: int = Field(default=1_000, ge=0)

@@ -16,6 +16,7 @@ import aiohttp
 from jose import JWTError, jwt
 
 from services.gateway.caches import BoundedCache
+from services.gateway.guesses import Guesses
 from services.gateway.upstreams import Upstream
 from shared.clock import Clock
 from shared.errors import Unauthenticated, Unavailable
@@ -116,19 +117,35 @@ def parse_key_set(body: bytes) -> dict[str, dict[str, Any]]:
 
 
 class AccessTokens:
-    """Verifies tokens, and remembers up to `entries_max` of them by their digest."""
+    """Verifies tokens, and remembers up to `entries_max` of them by their digest.
 
-    def __init__(self, key_set: JsonWebKeySet, clock: Clock, *, entries_max: int = 10_000, ttl_s: float = 60) -> None:
+    `guesses` bounds how often one address may make us verify a signature for nothing.
+    """
+
+    def __init__(
+        self,
+        key_set: JsonWebKeySet,
+        clock: Clock,
+        guesses: Guesses,
+        *,
+        entries_max: int = 10_000,
+        ttl_s: float = 60,
+    ) -> None:
         self._key_set = key_set
+        self._guesses = guesses
         self._clock = clock
         self._verified: BoundedCache[bytes, AccessToken] = BoundedCache(clock, entries_max=entries_max, ttl_s=ttl_s)
 
-    async def verify(self, token: str) -> Identity:
-        """Who the token speaks for. Raises Unauthenticated, the same for every cause, or Unavailable."""
+    async def verify(self, token: str, address: str) -> Identity:
+        """Who the token speaks for.
+
+        Raises Unauthenticated, the same for every cause; Unavailable; RateLimited for an address that only guesses.
+        """
         digest = hashlib.sha256(token.encode()).digest()
         known = self._verified.get(digest)
         if known is None:
-            known = _access_token(await self._claims(token))
+            with self._guesses.attempt(address):
+                known = _access_token(await self._claims(token))
             self._verified.put(digest, known)
         if known.expires_at_s <= self._clock.now().timestamp():
             raise Unauthenticated()

@@ -1,6 +1,7 @@
 """A key works from its first request to its last: what it costs to look one up, and that a revoked one never passes."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
@@ -172,6 +173,18 @@ async def test_unknown_keys_are_remembered_and_guessing_is_bounded(
             statuses.append(response.status_code)
         assert statuses == [401] * 4 + [429] * 6
         assert 0 < int(response.headers["retry-after"]) <= 60
+        assert await running.metric(LOOKUPS, source="postgres") == 5
+
+
+async def test_a_burst_of_guesses_has_no_more_of_them_than_the_limit(
+    components: Components, database_url: str, backend: Backend
+) -> None:
+    configured = settings(components.redis_url, database_url, backend.url, gateway_unknown_keys_per_minute=5)
+    async with gateway(configured) as running:
+        shown = [{"x-api-key": apikeys.generate()} for _ in range(30)]
+        responses = await asyncio.gather(*(running.http.get("/v1/models", headers=headers) for headers in shown))
+        statuses = Counter(response.status_code for response in responses)
+        assert statuses == {401: 5, 429: 25}
         assert await running.metric(LOOKUPS, source="postgres") == 5
 
 

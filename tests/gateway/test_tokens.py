@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.gateway.harness import Backend, Directory, Gateway, Tokens
+from shared import apikeys
+from tests.conftest import Components
+from tests.gateway.harness import Backend, Directory, Gateway, Tokens, gateway, settings
 from tests.gateway.outages import eventually
 
 
@@ -81,6 +83,22 @@ async def test_a_new_signing_key_is_fetched_when_its_first_token_comes(
         return (await gateway.http.get("/v1/models", headers=bearer(rotated.sign()))).status_code == 200
 
     await eventually(is_accepted)
+
+
+async def test_bad_tokens_of_one_address_are_bounded(
+    tokens: Tokens, components: Components, database_url: str, backend: Backend
+) -> None:
+    configured = settings(components.redis_url, database_url, backend.url, gateway_unknown_keys_per_minute=5)
+    good, forger = tokens.sign(), Tokens()
+    async with gateway(configured) as running:
+        assert (await running.http.get("/v1/models", headers=bearer(good))).status_code == 200
+        forged = [bearer(forger.sign(kid=tokens.kid)) for _ in range(8)]
+        refused = [await running.http.get("/v1/models", headers=headers) for headers in forged]
+        assert [response.status_code for response in refused] == [401] * 5 + [429] * 3
+        assert 0 < int(refused[-1].headers["retry-after"]) <= 60
+        unknown = await running.http.get("/v1/models", headers={"x-api-key": apikeys.generate()})
+        assert unknown.status_code == 429  # one limit for all that is wrong
+        assert (await running.http.get("/v1/models", headers=bearer(good))).status_code == 200  # known: costs nothing
 
 
 async def test_without_any_key_set_nobody_can_tell(gateway: Gateway) -> None:

@@ -1,6 +1,6 @@
 """One of several processes that draw on the same limit as fast as they can; prints how often it was admitted.
 
-    python -m tests.shared.limits_worker <hash tag> <attempts>
+python -m tests.shared.limits_worker <hash tag> <attempts>
 """
 
 import asyncio

@@ -12,7 +12,7 @@ broken stream for a complete one.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 import aiohttp
 from multidict import CIMultiDict
@@ -102,6 +102,22 @@ async def reach(session: aiohttp.ClientSession, upstream: Upstream) -> None:
     raise Unavailable(code="unreachable")
 
 
+class ConnectionBroken(aiohttp.ClientError):
+    """A connection broke after the request, or a part of it, was sent."""
+
+
+async def send_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Keeps aiohttp from sending GET, PUT and DELETE again when a kept connection breaks: it repeats what fails with
+    ClientOSError or ServerDisconnectedError, and nothing else.
+    """
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as e:
+        raise ConnectionBroken(type(e).__name__) from e
+
+
 class Relay:
     """See the module."""
 
@@ -189,6 +205,7 @@ class Relay:
                 headers=headers,
                 data=body.data,
                 allow_redirects=False,
+                middlewares=(send_once,),
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             return None
@@ -210,7 +227,7 @@ class Relay:
         await exchange.body(b"", more=False)
 
     def _request_headers(self, exchange: Exchange, identity: Identity, body: _RequestBody) -> CIMultiDict[str]:
-        dropped = NOT_FORWARDED | _named_in_connection(exchange.header(b"connection"))
+        dropped = NOT_FORWARDED | _named_in_connection(exchange.raw_headers)
         headers: CIMultiDict[str] = CIMultiDict()
         for name, value in exchange.raw_headers:
             if name not in dropped and not name.startswith(INTERNAL_PREFIX):
@@ -290,7 +307,7 @@ def too_large(bytes_max: int) -> PayloadTooLarge:
 
 def _response_headers(response: aiohttp.ClientResponse, own: Mapping[str, str]) -> RawHeaders:
     """The service's headers without those that are hop-by-hop, internal, or the gateway's `own`."""
-    dropped = NOT_RETURNED | _named_in_connection(response.headers.get("connection"))
+    dropped = NOT_RETURNED | _named_in_connection(response.raw_headers)
     headers: RawHeaders = []
     has_policy = False
     for name, value in response.raw_headers:
@@ -304,10 +321,14 @@ def _response_headers(response: aiohttp.ClientResponse, own: Mapping[str, str]) 
     return headers
 
 
-def _named_in_connection(value: str | None) -> frozenset[bytes]:
-    if not value:
-        return frozenset()
-    return frozenset(name.strip().lower().encode("latin-1") for name in value.split(","))
+def _named_in_connection(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """The names that any Connection header declares to be for this hop only."""
+    return frozenset(
+        option.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for option in value.split(b",")
+    )
 
 
 def _text(value: bytes) -> str:

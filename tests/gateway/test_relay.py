@@ -218,6 +218,49 @@ async def test_a_request_that_was_sent_is_never_sent_again(
     assert seen == 4
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/v1/keys"), ("DELETE", "/api/v1/keys/1")])
+async def test_a_kept_connection_that_breaks_is_no_reason_to_send_again(
+    components: Components, database_url: str, directory: Directory, method: str, path: str
+) -> None:
+    key, seen = await directory.create_key(scopes=("*",)), 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal seen
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while (await reader.readuntil(b"\r\n\r\n")).startswith(f"{method} {path}".encode()):
+                seen += 1
+                if seen == 2:
+                    break
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    port = free_port()
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    async with gateway(settings(components.redis_url, database_url, f"http://127.0.0.1:{port}")) as running:
+        responses = [await running.http.request(method, path, headers=key.headers) for _ in range(2)]
+    server.close()
+    assert [response.status_code for response in responses] == [200, 502]
+    assert seen == 2
+
+
+async def test_what_any_connection_header_names_stays_behind(
+    gateway: Gateway, backend: Backend, directory: Directory
+) -> None:
+    async def hop(_scope: Any, _receive: Any, send: Any) -> None:
+        named = [(b"connection", b"x-one"), (b"connection", b"x-two, X-Three")]
+        await answer(
+            send, 200, b"", [*named, (b"x-one", b"1"), (b"x-two", b"2"), (b"x-three", b"3"), (b"x-four", b"4")]
+        )
+
+    key = await directory.create_key()
+    headers = [*key.headers.items(), ("connection", "x-one"), ("connection", "X-Two"), ("x-two", "2"), ("x-four", "4")]
+    assert (await gateway.http.post(CHAT, headers=[*headers, ("x-one", "1")])).status_code == 200
+    assert [backend.last.header(name) for name in ("x-one", "x-two", "x-four")] == [None, None, "4"]
+    backend.handlers[CHAT] = hop
+    response = await gateway.http.post(CHAT, headers=key.headers)
+    assert [response.headers.get(f"x-{name}") for name in ("one", "two", "three", "four")] == [None, None, None, "4"]
+
+
 async def test_bodies_have_a_limit_whatever_they_say(
     components: Components, database_url: str, directory: Directory, backend: Backend
 ) -> None:

@@ -14,7 +14,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --universal --pyth
 	--no-annotate --no-header --no-emit-index-url
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs reset test check lint format types lock stubs chat-mini environments clean
+.PHONY: help up down status logs reset test check lint format types lock stubs bench-serving chat-mini environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,9 @@ lock: ## Compile requirements/*.in and Unleash's package.json into locks with ha
 
 stubs: ## Generate the gRPC stubs from shared/rpc/*.proto
 	$(BIN)/python -m deploy.checks.stubs --write
+
+bench-serving: environments ## Tokens per second: bare engine, Triton, the whole path (a stack of its own)
+	$(BIN)/python -m bench.serving
 
 chat-mini: ## Train the demo model anew (an environment of its own, with torch; about half an hour)
 	$(PYTHON) -m venv .venv-chat-mini

@@ -1,7 +1,7 @@
 """Access tokens: JWT, ES256 only, verified against auth's JWKS; a verified token is remembered until it expires.
 
-The key set is fetched from auth, refreshed in the background, and once more when a token names an unknown key, at
-most every `refetch_interval_s`. While auth is away the last set goes on serving.
+The key set is fetched from auth, refreshed in the background, and once more when a token names an unknown key: up to
+`refetches_max` times in a row, and then every `refetch_interval_s`. While auth is away the last set goes on serving.
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ class JsonWebKeySet:
         *,
         timeout_ms: int = 2_000,
         refetch_interval_s: float = 5,
+        refetches_max: int = 3,
     ) -> None:
         self._session = session
         self._auth = auth
         self._clock = clock
         self._timeout_s = timeout_ms / 1000
         self._refetch_interval_s = refetch_interval_s
+        self._refetches_max = refetches_max
+        self._refetches_left = float(refetches_max)
+        self._refilled_at_s = clock.monotonic_s()
         self._keys: dict[str, dict[str, Any]] = {}
         self._fetched_at_s = float("-inf")
         self._fetching = asyncio.Lock()
@@ -72,10 +76,11 @@ class JsonWebKeySet:
         """The key of that name, or None. Raises Unavailable while no set was ever fetched."""
         if kid in self._keys:
             return self._keys[kid]
+        asked_at_s = self._clock.monotonic_s()
         async with self._fetching:
-            if kid not in self._keys and self._clock.monotonic_s() >= self._fetched_at_s + self._refetch_interval_s:
+            if kid not in self._keys and self._fetched_at_s < asked_at_s and self._may_refetch():
                 try:
-                    await self.fetch()
+                    await self._fetch()
                 except KeySetUnavailable as e:
                     log.warning("jwks_fetch_failed", detail=str(e))
         if not self._keys:
@@ -84,6 +89,21 @@ class JsonWebKeySet:
 
     async def fetch(self) -> None:
         """Replace the set by auth's present one. Raises KeySetUnavailable and keeps the old one."""
+        async with self._fetching:
+            await self._fetch()
+
+    def _may_refetch(self) -> bool:
+        """Draw on the refetches that unknown keys have; the background's own do not count."""
+        now_s = self._clock.monotonic_s()
+        refilled = (now_s - self._refilled_at_s) / self._refetch_interval_s
+        self._refetches_left = min(self._refetches_left + refilled, self._refetches_max)
+        self._refilled_at_s = now_s
+        if self._refetches_left < 1:
+            return False
+        self._refetches_left -= 1
+        return True
+
+    async def _fetch(self) -> None:
         self._fetched_at_s = self._clock.monotonic_s()
         try:
             async with (

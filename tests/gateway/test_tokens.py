@@ -1,7 +1,10 @@
 """Access tokens: only ES256, only auth's, only now; and what a user may do that a key may not."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
 
 import pytest
 import pytest_asyncio
@@ -76,13 +79,29 @@ async def test_a_new_signing_key_is_fetched_when_its_first_token_comes(
     tokens: Tokens, gateway: Gateway, backend: Backend
 ) -> None:
     assert (await gateway.http.get("/v1/models", headers=bearer(tokens.sign()))).status_code == 200
-    rotated = Tokens()
-    backend.handlers["/.well-known/jwks.json"] = rotated.serve
+    for _ in range(2):
+        rotated = Tokens()
+        backend.handlers["/.well-known/jwks.json"] = rotated.serve
+        assert (await gateway.http.get("/v1/models", headers=bearer(rotated.sign()))).status_code == 200
 
-    async def is_accepted() -> bool:
-        return (await gateway.http.get("/v1/models", headers=bearer(rotated.sign()))).status_code == 200
 
-    await eventually(is_accepted)
+async def test_unknown_signing_keys_cost_auth_a_few_fetches_at_most(
+    tokens: Tokens, gateway: Gateway, backend: Backend
+) -> None:
+    fetches = 0
+
+    async def count(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal fetches
+        fetches += 1
+        await tokens.serve(scope, receive, send)
+
+    assert (await gateway.http.get("/v1/models", headers=bearer(tokens.sign()))).status_code == 200
+    backend.handlers["/.well-known/jwks.json"] = count
+    began = time.monotonic()
+    for _ in range(5):
+        forged = [bearer(tokens.sign(kid=uuid4().hex)) for _ in range(10)]
+        await asyncio.gather(*(gateway.http.get("/v1/models", headers=headers) for headers in forged))
+    assert 1 <= fetches <= 3 + (time.monotonic() - began) / 5
 
 
 async def test_bad_tokens_of_one_address_are_bounded(

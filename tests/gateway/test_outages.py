@@ -81,7 +81,7 @@ async def test_a_redis_that_answers_but_cannot_write_is_as_good_as_none(
         if fault == "full":
             await own.config_set("maxmemory", 1)
         else:
-            await own.execute_command("REPLICAOF", "127.0.0.1", "1")
+            await own.replicaof("127.0.0.1", "1")
         await directory.revoke(revoked, announce=False)
         assert await statuses(exposed, cold.headers, 7) == [200] * 5 + [429] * 2
         assert await statuses(exposed, warm.headers, 7) == [200] * 5 + [429] * 2
@@ -89,7 +89,7 @@ async def test_a_redis_that_answers_but_cannot_write_is_as_good_as_none(
         if fault == "full":
             await own.config_set("maxmemory", 0)
         else:
-            await own.execute_command("REPLICAOF", "NO", "ONE")
+            await own.replicaof("NO", "ONE")
         assert await statuses(exposed, cold.headers, 6) == [200] * 5 + [429]
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from services.auth import tasks
 from services.auth.clients import KeyChannel, UsageStream
 from services.auth.errors import SigningKeyUnreadable
-from services.auth.routes import admin, jwks, keys, sessions, users
+from services.auth.routes import admin, jwks, keys, organizations, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
@@ -22,6 +22,7 @@ from services.auth.service.attempts import AttemptLimits, Attempts
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
 from services.auth.service.last_use import LastUse
+from services.auth.service.organizations import OrganizationLimits, Organizations
 from services.auth.service.outbox import Outbox
 from services.auth.service.passwords import Passwords
 from services.auth.service.sessions import SessionLimits, Sessions
@@ -66,7 +67,7 @@ def create_app(
     ring = IdentityRing(settings.identity_keys.get_secret_value(), clock)
     app = web.create_app("auth", ring=ring, registry=registry, readiness=readiness, description=DESCRIPTION)
     app.state.services = services
-    for module in (users, sessions, keys, admin, jwks):
+    for module in (users, sessions, organizations, keys, admin, jwks):
         app.include_router(module.router)
     return app
 
@@ -125,6 +126,7 @@ async def compose(
         sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, metrics, limits),
         tokens=tokens,
         keys=keys_of,
+        organizations=_organizations(settings, sessions_of, outbox, clock),
         admin=Admin(sessions_of, keys_of, outbox, clock),
         bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),
         outbox=outbox,
@@ -143,6 +145,18 @@ def _attempts(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSessi
         prune_batch_max=settings.auth_prune_batch_max,
     )
     return Attempts(sessions_of, settings.secret_key, clock, limits)
+
+
+def _organizations(
+    settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], outbox: Outbox, clock: Clock
+) -> Organizations:
+    limits = OrganizationLimits(
+        per_user_max=settings.auth_orgs_per_user_max,
+        members_max=settings.auth_members_per_org_max,
+        invitations_max=settings.auth_invitations_per_org_max,
+        invitation_ttl_s=settings.auth_invitation_ttl_s,
+    )
+    return Organizations(sessions_of, outbox, clock, limits)
 
 
 def _passwords(settings: AuthSettings, metrics: AuthMetrics) -> Passwords:

@@ -77,6 +77,62 @@ class UserNotFound(NotFound):
     default_message = "There is no such user."
 
 
+class OrganizationNotFound(NotFound):
+    """Also for organisations that the caller does not belong to."""
+
+    default_code = "organization_not_found"
+    default_message = "There is no such organisation."
+
+
+class MemberNotFound(NotFound):
+    default_code = "member_not_found"
+    default_message = "This organisation has no such member."
+
+
+class InvitationNotFound(NotFound):
+    default_code = "invitation_not_found"
+    default_message = "This organisation has no such invitation."
+
+
+class InvalidInvitation(InvalidRequest):
+    """One answer for an unknown, used, withdrawn or expired token."""
+
+    default_code = "invalid_invitation"
+    default_message = "token: this invitation is not valid any more; ask for a new one."
+
+
+class NotAllowedInOrganization(PermissionDenied):
+    default_code = "not_allowed_in_organization"
+    default_message = "Your role in this organisation does not allow this."
+
+
+class NotKeyOwner(PermissionDenied):
+    """A key acts for its owner: nobody else gets a secret of theirs."""
+
+    default_code = "not_key_owner"
+    default_message = "Only its owner may rotate a key; revoke it instead."
+
+
+class LastOwner(Conflict):
+    default_code = "last_owner"
+    default_message = "An organisation needs an owner; make somebody else one first."
+
+
+class TooManyOrganizations(Conflict):
+    default_code = "too_many_organizations"
+    default_message = "You belong to as many organisations as a person may."
+
+
+class TooManyMembers(Conflict):
+    default_code = "too_many_members"
+    default_message = "This organisation has as many members as it may have."
+
+
+class TooManyInvitations(Conflict):
+    default_code = "too_many_invitations"
+    default_message = "This organisation has as many open invitations as it may have. Withdraw some first."
+
+
 class KeyNotActive(Conflict):
     default_code = "key_not_active"
     default_message = "This API key is revoked or expired and cannot change any more. Create a new one."

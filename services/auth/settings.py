@@ -28,6 +28,11 @@ class AuthSettings(ServiceSettings):
     auth_sessions_per_user_max: int = Field(default=50, ge=1)
     auth_keys_per_org_max: int = Field(default=1_000, ge=1)
 
+    auth_orgs_per_user_max: int = Field(default=20, ge=1)
+    auth_members_per_org_max: int = Field(default=500, ge=1)
+    auth_invitations_per_org_max: int = Field(default=100, ge=1)
+    auth_invitation_ttl_s: int = Field(default=7 * 86_400, ge=60)
+
     # Failed sign-ins: how many are free, then waits that double; all forgotten after a while. See docs/auth.md.
     auth_sign_in_pair_free: int = Field(default=5, ge=1)
     auth_sign_in_name_free: int = Field(default=20, ge=1)

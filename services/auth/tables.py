@@ -129,7 +129,7 @@ class MembershipRow(Base):
 
     __tablename__ = "membership"
     __table_args__ = (
-        CheckConstraint("role IN ('owner', 'manager', 'member')", name="role"),
+        CheckConstraint("role IN ('owner', 'admin', 'member')", name="role"),
         Index(None, "user_id"),
     )
 
@@ -168,6 +168,25 @@ class RefreshTokenRow(Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
     used_at: Mapped[datetime | None]
+
+
+class InvitationRow(Base):
+    """An open invitation: it goes when it is accepted or withdrawn. Of the token there is a SHA-256."""
+
+    __tablename__ = "invitation"
+    __table_args__ = (
+        CheckConstraint("role IN ('owner', 'admin', 'member')", name="role"),
+        Index("uq_invitation_digest", "digest", unique=True),
+        Index(None, "org_id", "id"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    org_id: Mapped[UUID] = mapped_column(ForeignKey("organization.id"))
+    role: Mapped[str]
+    digest: Mapped[str]
+    invited_by: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
 
 
 class SignInAttemptRow(Base):
@@ -268,7 +287,8 @@ SERVICE_GRANTS = {
     "user_account": "SELECT, INSERT, UPDATE",
     "user_role": "SELECT, INSERT, DELETE",
     "organization": "SELECT, INSERT, UPDATE",
-    "membership": "SELECT, INSERT, DELETE",
+    "membership": "SELECT, INSERT, UPDATE, DELETE",
+    "invitation": "SELECT, INSERT, DELETE",
     "session": "SELECT, INSERT, UPDATE, DELETE",
     "refresh_token": "SELECT, INSERT, UPDATE, DELETE",
     "sign_in_attempt": "SELECT, INSERT, UPDATE, DELETE",

@@ -1,5 +1,6 @@
 """Nobody reaches what belongs to another organisation: every route of the OpenAPI document is tried."""
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,6 +10,9 @@ from tests.auth.harness import Auth
 BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("patch", "/api/v1/keys/{key_id}"): {"name": "mine now"},
     ("post", "/api/v1/admin/auth/keys/{key_id}/limits"): {"limits": {"minute": 1000}},
+    ("patch", "/api/v1/organizations/{org_id}"): {"name": "mine now"},
+    ("post", "/api/v1/organizations/{org_id}/invitations"): {"role": "owner"},
+    ("patch", "/api/v1/organizations/{org_id}/members/{user_id}"): {"role": "member"},
     ("post", "/api/v1/admin/auth/users/{user_id}/status"): {"status": "disabled"},
 }
 
@@ -22,10 +26,14 @@ def document(auth: Auth) -> dict[str, Any]:
 async def test_every_route_with_an_id_refuses_another_organisations_object(auth: Auth) -> None:
     owner, stranger = await auth.user(), await auth.user()
     key = await auth.key(owner)
+    path = f"/api/v1/organizations/{owner.org_id}/invitations"
+    invitation = await auth.call("POST", path, token=owner.access_token, json={})
     ids = {
         "key_id": key["id"],
         "session_id": (await auth.identity_of_token(owner.access_token)).session_id,
         "user_id": owner.id,
+        "org_id": owner.org_id,
+        "invitation_id": invitation.json()["id"],
     }
     tried = 0
     for path, operations in document(auth)["paths"].items():
@@ -47,7 +55,7 @@ async def test_every_route_with_an_id_refuses_another_organisations_object(auth:
             for body in (answer.json(), missing.json()):
                 body.pop("request_id")
             assert expected == 403 or answer.json() | {"request_id": 0} == missing.json() | {"request_id": 0}
-    assert tried >= 9
+    assert tried >= 17
     row = await auth.key_row(key["key"])
     assert row is not None
     assert (row["status"], row["version"]) == ("active", 1)
@@ -74,7 +82,7 @@ async def test_every_route_is_documented_and_none_but_the_public_keys_answers_wi
                 continue
             nowhere = path.replace("{", "").replace("}", "")
             assert (await auth.http.request(method.upper(), nowhere)).status_code in {400, 401}, path
-            known = path.replace("{key_id}", _ANY).replace("{session_id}", _ANY).replace("{user_id}", _ANY)
+            known = re.sub(r"\{\w+_id\}", _ANY, path)
             answer = await auth.http.request(method.upper(), known, json=BODIES.get((method, path), _BODY))
             assert answer.status_code == 401, (method, path, answer.text)
 

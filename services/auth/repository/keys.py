@@ -29,11 +29,14 @@ _NOTE_USES = text(
 
 
 class KeyRepository:
-    """The keys of one organisation, or of all for an operator (`tenant=None`, said explicitly)."""
+    """The keys of one organisation, or of all for an operator (`tenant=None`, said explicitly); with `owner`, only
+    that member's.
+    """
 
-    def __init__(self, session: AsyncSession, *, tenant: UUID | None) -> None:
+    def __init__(self, session: AsyncSession, *, tenant: UUID | None, owner: UUID | None = None) -> None:
         self._session = session
-        self._mine = (ApiKeyRow.org_id == tenant,) if tenant is not None else ()
+        self._of_tenant = (ApiKeyRow.org_id == tenant,) if tenant is not None else ()
+        self._mine = (*self._of_tenant, *((ApiKeyRow.user_id == owner,) if owner is not None else ()))
 
     async def plan_limits(self, org_id: UUID) -> dict[str, int]:
         """The limits of an organisation's plan. Locks the organisation, so that keys are counted one by one."""
@@ -66,8 +69,8 @@ class KeyRepository:
         )
 
     async def count_usable(self, now: datetime) -> int:
-        """How many keys are active and not expired."""
-        statement = select(func.count()).select_from(ApiKeyRow).where(*self._mine, *_usable(now))
+        """How many keys of the organisation are active and not expired, whoever's they are."""
+        statement = select(func.count()).select_from(ApiKeyRow).where(*self._of_tenant, *_usable(now))
         return int((await self._session.execute(statement)).scalar_one())
 
     async def page(self, *, before: UUID | None, limit: int) -> list[ApiKey]:
@@ -107,8 +110,16 @@ class KeyRepository:
             .values(status=KeyStatus.REVOKED, revoked_at=now)
         )
 
+    async def revoke_owned(self, user_id: UUID, now: datetime) -> list[KeyEvent]:
+        """Revoke a member's active keys; the events of those."""
+        return await self._apply(
+            update(ApiKeyRow)
+            .where(*self._mine, ApiKeyRow.user_id == user_id, ApiKeyRow.status == KeyStatus.ACTIVE)
+            .values(status=KeyStatus.REVOKED, revoked_at=now)
+        )
+
     async def owner_changed(self, user_id: UUID) -> list[KeyEvent]:
-        """The owner's roles or status changed: gateways must read all their keys again."""
+        """The owner's roles, membership or status changed: gateways must read all their keys again."""
         return await self._apply(update(ApiKeyRow).where(*self._mine, ApiKeyRow.user_id == user_id))
 
     async def _apply(self, change: Update) -> list[KeyEvent]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from typing import Annotated
+from uuid import UUID
 
 import structlog
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from services.auth.domain import USER_AGENT_CHARS_MAX, Actor, Origin
 from services.auth.service import Services
@@ -41,6 +42,23 @@ async def actor(services: AllServices, identity: Caller, origin: From) -> Actor:
 
 
 CurrentActor = Annotated[Actor, Depends(actor)]
+
+
+async def actor_in(
+    services: AllServices,
+    identity: Caller,
+    origin: From,
+    organization_id: Annotated[
+        UUID | None, Query(description="One of the caller's organisations; by default the token's or the key's.")
+    ] = None,
+) -> Actor:
+    """As `actor`, in the organisation that the request names."""
+    resolved = await services.access.resolve(identity, origin, organization_id)
+    structlog.contextvars.bind_contextvars(user_id=identity.user_id, org_id=resolved.identity.org_id)
+    return resolved
+
+
+ActorInOrganization = Annotated[Actor, Depends(actor_in)]
 
 
 def _address(text: str) -> str | None:

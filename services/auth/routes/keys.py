@@ -1,4 +1,7 @@
-"""The API keys of the caller's organisation."""
+"""The API keys of an organisation: the one that token or key names, or another of the caller's, `organization_id`.
+
+Members see and change their own keys; owners and admins, everybody's.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,16 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.auth.domain import DEFAULT_KEY_SCOPES, KEY_LIFETIME_DAYS_MAX, ApiKey
-from services.auth.errors import KeyNotActive, KeyNotFound, LimitAbovePlan, ModelNotHeld, ScopeNotHeld, TooManyKeys
-from services.auth.routes.dependencies import AllServices, CurrentActor
+from services.auth.errors import (
+    KeyNotActive,
+    KeyNotFound,
+    LimitAbovePlan,
+    ModelNotHeld,
+    NotKeyOwner,
+    ScopeNotHeld,
+    TooManyKeys,
+)
+from services.auth.routes.dependencies import ActorInOrganization, AllServices
 from services.auth.routes.fields import Body, KeyName, LimitsAnswer, LimitsBody, Models, Scopes, Timestamp, refusals
 from services.auth.routes.pages import Before, PageSize, cursor_of
 from services.auth.service.keys import KeyChange, KeyDraft, NewKey
@@ -84,7 +95,7 @@ class KeyListAnswer(BaseModel):
     summary="Create a key",
     responses=refusals(InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, TooManyKeys),
 )
-async def create_key(body: CreateKeyBody, actor: CurrentActor, services: AllServices) -> NewKeyAnswer:
+async def create_key(body: CreateKeyBody, actor: ActorInOrganization, services: AllServices) -> NewKeyAnswer:
     """`key` is shown this once. It can do no more than who makes it; its limits are at most the plan's."""
     draft = KeyDraft(
         name=body.name,
@@ -97,8 +108,10 @@ async def create_key(body: CreateKeyBody, actor: CurrentActor, services: AllServ
 
 
 @router.get("", summary="List keys", responses=refusals(InvalidRequest, Unauthenticated))
-async def list_keys(actor: CurrentActor, services: AllServices, before: Before, limit: PageSize = 20) -> KeyListAnswer:
-    """The organisation's keys, revoked ones too, newest first."""
+async def list_keys(
+    actor: ActorInOrganization, services: AllServices, before: Before, limit: PageSize = 20
+) -> KeyListAnswer:
+    """The organisation's keys (a member's own), revoked ones too, newest first."""
     page = await services.keys.page(actor, before=before, limit=limit)
     now = services.clock.now()
     return KeyListAnswer(
@@ -109,7 +122,7 @@ async def list_keys(actor: CurrentActor, services: AllServices, before: Before, 
 
 
 @router.get("/{key_id}", summary="Read a key", responses=refusals(Unauthenticated, KeyNotFound))
-async def get_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> KeyAnswer:
+async def get_key(key_id: UUID, actor: ActorInOrganization, services: AllServices) -> KeyAnswer:
     """Everything but the secret, which nobody has."""
     return key_answer(await services.keys.get(actor, key_id), services.clock.now())
 
@@ -121,7 +134,7 @@ async def get_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> K
         InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, KeyNotFound, KeyNotActive
     ),
 )
-async def update_key(key_id: UUID, body: UpdateKeyBody, actor: CurrentActor, services: AllServices) -> KeyAnswer:
+async def update_key(key_id: UUID, body: UpdateKeyBody, actor: ActorInOrganization, services: AllServices) -> KeyAnswer:
     """Name, scopes, models or limits; in force on the key's next request."""
     change = KeyChange(
         given=frozenset(body.model_fields_set),
@@ -134,13 +147,13 @@ async def update_key(key_id: UUID, body: UpdateKeyBody, actor: CurrentActor, ser
 
 
 @router.post("/{key_id}/revoke", summary="Revoke a key", responses=refusals(Unauthenticated, KeyNotFound))
-async def revoke_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> KeyAnswer:
+async def revoke_key(key_id: UUID, actor: ActorInOrganization, services: AllServices) -> KeyAnswer:
     """For good, from the key's next request on. Revoking a revoked key changes nothing."""
     return key_answer(await services.keys.revoke(actor, key_id), services.clock.now())
 
 
 @router.delete("/{key_id}", status_code=204, summary="Revoke a key", responses=refusals(Unauthenticated, KeyNotFound))
-async def delete_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> None:
+async def delete_key(key_id: UUID, actor: ActorInOrganization, services: AllServices) -> None:
     """The same as `POST …/revoke`; the record stays for the audit."""
     await services.keys.revoke(actor, key_id)
 
@@ -150,11 +163,11 @@ async def delete_key(key_id: UUID, actor: CurrentActor, services: AllServices) -
     status_code=201,
     summary="Replace a key's secret",
     responses=refusals(
-        InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, KeyNotFound, KeyNotActive, TooManyKeys
+        InvalidRequest, Unauthenticated, NotKeyOwner, ScopeNotHeld, ModelNotHeld, KeyNotFound, KeyNotActive, TooManyKeys
     ),
 )
 async def rotate_key(
-    key_id: UUID, actor: CurrentActor, services: AllServices, body: RotateKeyBody | None = None
+    key_id: UUID, actor: ActorInOrganization, services: AllServices, body: RotateKeyBody | None = None
 ) -> NewKeyAnswer:
     """A new key on the same terms. The old one works for `grace_s` more; both draw on the same limits."""
     grace_s = body.grace_s if body else GRACE_S_DEFAULT

@@ -11,6 +11,7 @@ from services.auth.service.attempts import Attempts
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
 from services.auth.service.last_use import LastUse
+from services.auth.service.organizations import Organizations
 from services.auth.service.outbox import Outbox
 from services.auth.service.sessions import Sessions
 from services.auth.service.tokens import Tokens
@@ -28,6 +29,7 @@ class Services:
     attempts: Attempts
     tokens: Tokens
     keys: Keys
+    organizations: Organizations
     admin: Admin
     bootstrap: Bootstrap
     outbox: Outbox

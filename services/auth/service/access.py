@@ -8,7 +8,8 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import Account, Actor, Origin, UserStatus
-from services.auth.errors import SessionEnded
+from services.auth.domain.organizations import OrgRole
+from services.auth.errors import OrganizationNotFound, SessionEnded
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository
 from shared.clock import Clock
@@ -24,23 +25,31 @@ class Access:
         self._sessions = sessions
         self._clock = clock
 
-    async def resolve(self, identity: Identity, origin: Origin) -> Actor:
-        """The actor behind an identity, with present roles and scopes. Raises Unauthenticated, SessionEnded.
+    async def resolve(self, identity: Identity, origin: Origin, org_id: UUID | None = None) -> Actor:
+        """The actor behind an identity, with present roles and scopes, in the organisation that the identity names.
+
+        A person may ask for another one of theirs: OrganizationNotFound for others. A key is in one for good.
+        Raises Unauthenticated, SessionEnded.
 
         A person has the scopes of their roles; a key has its own, and its owner's roles (which need `admin`).
         """
         try:
-            user_id, org_id = UUID(identity.user_id), UUID(identity.org_id)
+            user_id, home_id = UUID(identity.user_id), UUID(identity.org_id)
         except ValueError as e:
             raise Unauthenticated(detail="identity without user and organisation") from e
         async with self._sessions() as session:
-            account = await AccountRepository(session).find(user_id, org_id)
+            account = await AccountRepository(session).find(user_id, home_id)
             if account is None or account.status is not UserStatus.ACTIVE:
                 raise Unauthenticated(detail="account disabled or gone")
             if identity.kind == "user":
                 await self._require_session(SessionRepository(session), identity, account)
+            if org_id is not None and org_id != account.org_id:
+                account = await AccountRepository(session).find(user_id, org_id) if identity.kind == "user" else None
+                if account is None:
+                    raise OrganizationNotFound(param="organization_id")
         scopes = account.scopes if identity.kind == "user" else identity.scopes
-        return Actor(replace(identity, roles=account.roles, scopes=scopes, plan=account.plan), origin)
+        resolved = replace(identity, org_id=str(account.org_id), roles=account.roles, scopes=scopes, plan=account.plan)
+        return Actor(resolved, origin, OrgRole(account.org_role))
 
     async def _require_session(self, sessions: SessionRepository, identity: Identity, account: Account) -> None:
         try:

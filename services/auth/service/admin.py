@@ -72,7 +72,7 @@ class Admin:
     async def revoke_key(self, actor: Actor, key_id: UUID) -> ApiKey:
         """Revoke any organisation's key. Raises KeyNotFound."""
         actor.identity.require_role(*OPERATORS)
-        return await self._keys.revoke_of(actor, key_id, tenant=None)
+        return await self._keys.revoke_of(actor, key_id, tenant=None, owner=None)
 
     async def set_user_status(self, actor: Actor, user_id: UUID, status: UserStatus) -> UserStatus:
         """Disable a user, with all sessions and keys, or enable them again (the keys work again, sessions do not).

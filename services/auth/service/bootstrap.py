@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import Account, Actor, AuditEntry, Origin
+from services.auth.domain.organizations import OrgRole
 from services.auth.errors import UserNotFound
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
@@ -59,7 +60,7 @@ class Bootstrap:
         await self._ensure_role(account, role)
         # Whoever runs this holds the database's secrets; the key may have any scope.
         identity = Identity("user", user_id=str(account.user_id), org_id=str(account.org_id), scopes=("*",))
-        actor = Actor(identity, ORIGIN)
+        actor = Actor(identity, ORIGIN, OrgRole.OWNER)
         await self._keys.revoke_named(actor, key_name)
         new = await self._keys.create(actor, KeyDraft(name=key_name, scopes=tuple(scopes)))
         return Bootstrapped(account.user_id, account.org_id, new.record.id, new.secret)

@@ -25,7 +25,7 @@ from services.auth.domain import (
     merge_limits,
     page_of,
 )
-from services.auth.errors import KeyNotActive, TooManyKeys
+from services.auth.errors import KeyNotActive, NotKeyOwner, TooManyKeys
 from services.auth.repository import audit
 from services.auth.repository.keys import KeyRepository
 from services.auth.service.outbox import Outbox
@@ -94,7 +94,7 @@ class Keys:
         models = check_models(draft.models, actor.identity.models)
         now = self._clock.now()
         async with self._sessions.begin() as session:
-            repository = KeyRepository(session, tenant=actor.org_id)
+            repository = _repository(session, actor)
             plan = await self._make_room(repository, actor.org_id, now)
             key_id = ids.uuid7()
             new = self._generate(
@@ -127,14 +127,14 @@ class Keys:
         """The organisation's keys, newest first."""
         actor.identity.require_scope("keys:read")
         async with self._sessions() as session:
-            keys = await KeyRepository(session, tenant=actor.org_id).page(before=before, limit=limit + 1)
+            keys = await _repository(session, actor).page(before=before, limit=limit + 1)
         return page_of(keys, limit, lambda key: key.id)
 
     async def get(self, actor: Actor, key_id: UUID) -> ApiKey:
         """Raises KeyNotFound, also for another organisation's."""
         actor.identity.require_scope("keys:read")
         async with self._sessions() as session:
-            return await KeyRepository(session, tenant=actor.org_id).get(key_id)
+            return await _repository(session, actor).get(key_id)
 
     async def update(self, actor: Actor, key_id: UUID, change: KeyChange) -> ApiKey:
         """Change name, scopes, models or limits.
@@ -143,7 +143,7 @@ class Keys:
         """
         actor.identity.require_scope("keys:write")
         async with self._sessions.begin() as session:
-            repository = KeyRepository(session, tenant=actor.org_id)
+            repository = _repository(session, actor)
             before = self._usable(await repository.lock(key_id))
             values: dict[str, object] = {}
             if "name" in change.given:
@@ -167,13 +167,13 @@ class Keys:
     async def revoke(self, actor: Actor, key_id: UUID) -> ApiKey:
         """Revoke a key, effective on its next request. A revoked one stays so: twice is fine. Raises KeyNotFound."""
         actor.identity.require_scope("keys:write")
-        return await self.revoke_of(actor, key_id, tenant=actor.org_id)
+        return await self.revoke_of(actor, key_id, tenant=actor.org_id, owner=actor.keys_of)
 
-    async def revoke_of(self, actor: Actor, key_id: UUID, *, tenant: UUID | None) -> ApiKey:
+    async def revoke_of(self, actor: Actor, key_id: UUID, *, tenant: UUID | None, owner: UUID | None) -> ApiKey:
         """As `revoke`, for callers who have checked the right: `tenant` None reaches every organisation's keys."""
         now = self._clock.now()
         async with self._sessions.begin() as session:
-            repository = KeyRepository(session, tenant=tenant)
+            repository = KeyRepository(session, tenant=tenant, owner=owner)
             key = await repository.lock(key_id)
             events = await repository.revoke([key_id], now)
             if events:
@@ -188,15 +188,17 @@ class Keys:
 
     async def rotate(self, actor: Actor, key_id: UUID, *, grace_s: int) -> NewKey:
         """A new secret on the same terms and the same limit counters; the old key works for `grace_s` more, never
-        past its own expiry. Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld, TooManyKeys.
+        past its own expiry. Raises KeyNotFound, KeyNotActive, NotKeyOwner, ScopeNotHeld, ModelNotHeld, TooManyKeys.
         """
         actor.identity.require_scope("keys:write")
         now = self._clock.now()
         async with self._sessions.begin() as session:
-            repository = KeyRepository(session, tenant=actor.org_id)
+            repository = _repository(session, actor)
             if grace_s:  # for so long there is one key more
                 await self._make_room(repository, actor.org_id, now)
             old = self._usable(await repository.lock(key_id))
+            if old.user_id != actor.user_id:
+                raise NotKeyOwner()
             check_scopes(old.scopes, actor.identity.scopes)
             check_models(old.models, actor.identity.models)
             new = self._generate(_successor(old, now))
@@ -213,7 +215,7 @@ class Keys:
     async def revoke_named(self, actor: Actor, name: str) -> None:
         """Revoke the actor's own usable keys of a name."""
         async with self._sessions() as session:
-            repository = KeyRepository(session, tenant=actor.org_id)
+            repository = _repository(session, actor)
             key_ids = await repository.usable_named(actor.user_id, name, self._clock.now())
         for key_id in key_ids:
             await self.revoke(actor, key_id)
@@ -241,6 +243,11 @@ class Keys:
     def _generate(record: ApiKey) -> NewKey:
         secret = apikeys.generate()
         return NewKey(replace(record, prefix=apikeys.display_prefix(secret)), secret)
+
+
+def _repository(session: AsyncSession, actor: Actor) -> KeyRepository:
+    """A member's own keys; to owners and admins, the whole organisation's."""
+    return KeyRepository(session, tenant=actor.org_id, owner=actor.keys_of)
 
 
 def _successor(old: ApiKey, now: datetime) -> ApiKey:

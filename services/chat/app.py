@@ -6,7 +6,8 @@ from contextlib import AsyncExitStack
 
 from services.chat import tasks
 from services.chat.clients import CatalogueClient
-from services.chat.errors import catalogue_unknown, model_loading
+from services.chat.domain import choose_build
+from services.chat.errors import model_loading
 from services.chat.routes import completions, models
 from services.chat.service import ChatService
 from services.chat.settings import ChatSettings
@@ -55,21 +56,20 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     readiness.add("catalogue", _catalogue_check(catalogue))
     readiness.add("billing", _billing_check(metering))
 
-    interval_s = settings.catalogue_refresh_ms / 1000
+    pauses_s = settings.catalogue_refresh_ms / 1000, settings.catalogue_refresh_loading_ms / 1000
     return Service(
         http=[HttpServer(app, settings.chat_http_listen)],
-        tasks={"catalogue": lambda: tasks.keep_catalogue(catalogue, interval_s)},
+        tasks={"catalogue": lambda: tasks.keep_catalogue(catalogue, *pauses_s)},
     )
 
 
 def _catalogue_check(catalogue: CatalogueClient) -> web.Check:
+    """Ready means that a model can be served, whatever the flags say: its stable build is there."""
+
     async def check() -> None:
         models = catalogue.last.models.values()
-        if not models:
-            raise catalogue_unknown()
-        for model in models:
-            if not any(b.is_ready for b in model.builds.values()):
-                raise model_loading(model.alias)
+        if not any(choose_build(model, None) for model in models):
+            raise model_loading(", ".join(model.alias for model in models))
 
     return check
 

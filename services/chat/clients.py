@@ -22,7 +22,6 @@ class CatalogueClient:
         self._caller = caller
         self._stub = CatalogueStub(caller.channel)
         self._last: Catalogue | None = None
-        self._refreshed_s = float("-inf")
         self._unready_s: dict[str, float] = {}
 
     @property
@@ -33,18 +32,19 @@ class CatalogueClient:
         return self._last
 
     @property
-    def age_s(self) -> float:
-        """Since the last answer."""
-        return time.monotonic() - self._refreshed_s
+    def is_settled(self) -> bool:
+        """Whether every build that is known is ready, and some are."""
+        builds = [b for m in self._last.models.values() for b in m.builds.values()] if self._last is not None else []
+        return bool(builds) and all(b.is_ready for b in builds)
 
     async def refresh(self) -> None:
         """Ask inference. Raises TollgateError and keeps what was there."""
         reply = await self._caller.call(self._stub.List, pb.ListRequest(), timeout_s=LIST_TIMEOUT_S)
         self._last = Catalogue({m.alias: _model(m) for m in reply.models}, reply.revision)
-        self._refreshed_s = time.monotonic()
+        now_s = time.monotonic()
         builds = [b for m in self._last.models.values() for b in m.builds.values()]
         self._unready_s = {b.name: self._unready_s.get(b.name, float("-inf")) for b in builds}
-        self._unready_s.update((b.name, self._refreshed_s) for b in builds if not b.is_ready)
+        self._unready_s.update((b.name, now_s) for b in builds if not b.is_ready)
 
     def was_lost(self, build: str, since_s: float) -> bool:
         """Whether a build was not ready at a refresh after `since_s` (time.monotonic), or is not listed any more."""

@@ -23,6 +23,7 @@ class ChatSettings(ServiceSettings):
     flags_backup: Path | None = None
 
     catalogue_refresh_ms: int = Field(default=1_000, ge=50)
+    catalogue_refresh_loading_ms: int = Field(default=200, ge=50)
 
     chat_max_tokens_default: int = Field(default=512, ge=1)
     chat_messages_max: int = Field(default=1_000, ge=1)

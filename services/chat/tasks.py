@@ -11,8 +11,11 @@ from shared.telemetry import get_logger
 log = get_logger(__name__)
 
 
-async def keep_catalogue(catalogue: CatalogueClient, interval_s: float) -> None:
-    """Refresh the catalogue for ever. An inference service that is away changes nothing; it is logged once."""
+async def keep_catalogue(catalogue: CatalogueClient, pause_s: float, loading_pause_s: float) -> None:
+    """Refresh the catalogue for ever, oftener while a build is not ready or nothing is known.
+
+    An inference service that is away changes nothing; it is logged once.
+    """
     was_up = True
     while True:
         try:
@@ -23,4 +26,4 @@ async def keep_catalogue(catalogue: CatalogueClient, interval_s: float) -> None:
             was_up = False
         else:
             was_up = True
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(pause_s if catalogue.is_settled else loading_pause_s)

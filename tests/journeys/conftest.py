@@ -3,12 +3,14 @@
 A test that stops, kills or switches something puts it back before it ends, since the next one uses the same stack.
 """
 
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.deploy.unleash.console import Console
@@ -17,6 +19,7 @@ from tests.running_stack import RunningStack
 
 PATIENCE_S = 60.0
 POLL_S = 0.05
+RUNNING_S, SUSPENDED_S = 0.001, 0.03  # of the slowed engine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -92,6 +95,37 @@ def engine(stack: RunningStack) -> Callable[[str], float]:
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     return read
+
+
+@pytest.fixture
+def slow_engine(stack: RunningStack) -> Iterator[None]:
+    """The engine as on a machine many times slower, so that an answer of chat-mini takes a second and can be left.
+
+    Its processes are stopped and continued in turn: only ever for moments, so they never look dead.
+    """
+    stubs = engine_processes(stack)
+    ended = threading.Event()
+
+    def hold_back() -> None:
+        while not ended.wait(RUNNING_S):
+            for stub in stubs:
+                stub.suspend()
+            ended.wait(SUSPENDED_S)
+            for stub in stubs:
+                stub.resume()
+
+    thread = threading.Thread(target=hold_back)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+def engine_processes(stack: RunningStack, build: str = "") -> list[psutil.Process]:
+    """The processes in which Triton runs the builds, or one of them."""
+    children = psutil.Process(stack.pid("triton")).children(recursive=True)
+    living = (c for c in children if c.status() != psutil.STATUS_ZOMBIE)
+    return [c for c in living if "stub" in (command := " ".join(c.cmdline())) and build in command]
 
 
 def until(condition: Callable[[], bool], *, within_s: float = PATIENCE_S, what: str = "") -> float:

@@ -12,14 +12,16 @@ import pytest
 from tests.journeys.conftest import until
 from tests.journeys.people import Prices, User
 
+pytestmark = pytest.mark.usefixtures("slow_engine")
+
 ATTEMPTS_MAX = 10  # a short answer may be complete before the kill lands
-STOPPED_WITHIN_S = 3.0  # Triton publishes its metrics every few hundred milliseconds
+STOPPED_WITHIN_S = 15.0  # the slowed engine publishes its metrics late
 
 # Kills itself, without any farewell, when the first token arrives.
 VICTIM = """
 import os, signal, sys, httpx
-body = {"model": "chat-mini", "stream": sys.argv[2] == "stream", "max_tokens": 900, "temperature": 2.0,
-        "presence_penalty": 2.0, "messages": [{"role": "user", "content": "Tell me everything about Tollgate."}]}
+body = {"model": "chat-mini", "stream": sys.argv[2] == "stream", "max_tokens": 900,
+        "messages": [{"role": "user", "content": "What is Tollgate?"}]}
 with httpx.stream("POST", sys.argv[1] + "/v1/chat/completions", json=body,
                   headers={"Authorization": "Bearer " + os.environ["KEY"]}) as answer:
     for line in answer.iter_lines():

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 import httpx
-import psutil
 import pytest
 
 from deploy.local.seed import run_module
-from tests.journeys.conftest import unlimit, until
+from tests.journeys.conftest import engine_processes, unlimit, until
 from tests.journeys.people import NewUser, User, asking, client
 from tests.running_stack import RunningStack
 
@@ -120,9 +119,8 @@ def test_an_engine_process_that_dies_ends_its_streams_with_an_error_and_is_repla
         unlimit(stack, customer.user)
     with busy(customers):
         until(lambda: all(len(c.receipts) >= 2 for c in customers), what="everybody is served")
-        for child in psutil.Process(stack.pid("triton")).children(recursive=True):
-            if STABLE in " ".join(child.cmdline()):
-                child.kill()
+        [process] = engine_processes(stack, STABLE)
+        process.kill()
         served = [len(c.receipts) for c in customers]
         until(
             lambda: all(len(c.receipts) >= before + 2 for c, before in zip(customers, served, strict=True)),
@@ -132,10 +130,10 @@ def test_an_engine_process_that_dies_ends_its_streams_with_an_error_and_is_repla
     check_books(stack, customers)
 
 
+@pytest.mark.usefixtures("slow_engine")
 def test_a_chat_service_that_is_told_to_stop_finishes_its_streams_first(stack: RunningStack, user: User) -> None:
     with ThreadPoolExecutor(1) as pool:
-        body = asking(stream=True, max_tokens=700, temperature=2.0, presence_penalty=2.0)
-        with user.api.stream("POST", "/v1/chat/completions", json=body) as answer:
+        with user.api.stream("POST", "/v1/chat/completions", json=asking(stream=True)) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             stopping = pool.submit(stack.stop, "chat")

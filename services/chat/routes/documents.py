@@ -35,7 +35,11 @@ _COMPLETION = {
     "choices": [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Tollgate is a self-hosted AI inference platform.", "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": "Tollgate is a self-hosted AI inference platform.",
+                "refusal": None,
+            },
             "logprobs": None,
             "finish_reason": "stop",
         }

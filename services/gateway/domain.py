@@ -10,7 +10,7 @@ from typing import Any
 
 from shared import apikeys
 from shared.identity import Identity
-from shared.limits import Limits, Subject
+from shared.limits.policy import Limits, Subject
 
 ACTIVE = "active"
 

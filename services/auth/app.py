@@ -25,6 +25,7 @@ from services.auth.service.last_use import LastUse
 from services.auth.service.organizations import OrganizationLimits, Organizations
 from services.auth.service.outbox import Outbox
 from services.auth.service.passwords import Passwords
+from services.auth.service.revocations import Revocations
 from services.auth.service.sessions import SessionLimits, Sessions
 from services.auth.service.signing import load_or_create
 from services.auth.service.tokens import Tokens
@@ -104,9 +105,10 @@ async def compose(
 
     attempts = _attempts(settings, sessions_of, clock)
     accounts = Accounts(sessions_of, passwords, attempts, clock)
+    peppers = Peppers(settings.api_key_peppers.get_secret_value())
     keys_of = Keys(
         sessions_of,
-        Peppers(settings.api_key_peppers.get_secret_value()),
+        peppers,
         outbox,
         clock,
         metrics,
@@ -126,6 +128,7 @@ async def compose(
         sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, metrics, limits),
         tokens=tokens,
         keys=keys_of,
+        revocations=Revocations(sessions_of, peppers, outbox, clock, metrics),
         organizations=_organizations(settings, sessions_of, outbox, clock),
         admin=Admin(sessions_of, keys_of, outbox, clock),
         bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),

@@ -60,6 +60,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/v1/auth/login", "auth", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/auth/refresh", "auth", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/auth/", "auth", Access.SESSION),
+    Route("/api/v1/keys/leaked", "auth", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/keys", "auth", scope="keys:write", read_scope="keys:read"),
     Route("/api/v1/organizations", "auth", Access.SESSION),
     Route("/api/v1/billing/", "billing", scope="billing:write", read_scope="billing:read"),

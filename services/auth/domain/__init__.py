@@ -24,6 +24,7 @@ SCOPES = ("chat", "models", "inference", "billing:read", "billing:write", "keys:
 DEFAULT_KEY_SCOPES = ("chat", "models", "inference", "billing:read")
 DEFAULT_PLAN = "default"
 BASE_ROLE = "user"
+OPERATORS = ("operator", "admin")
 
 USERNAME_CHARS_MIN, USERNAME_CHARS_MAX = 3, 64
 PASSWORD_CHARS_MIN, PASSWORD_CHARS_MAX = 8, 128

@@ -6,7 +6,7 @@ key grow its version and leave an event in the outbox, in the same statement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -88,6 +88,12 @@ class KeyRepository:
         """As `get`, and nobody else changes it until the transaction ends."""
         return await self._one(self._keys().where(ApiKeyRow.id == key_id).with_for_update(of=ApiKeyRow))
 
+    async def lock_by_digest(self, digests: Sequence[str]) -> ApiKey | None:
+        """The key that is stored under one of the digests, locked; None where there is none."""
+        statement = self._keys().where(ApiKeyRow.digest.in_(digests)).with_for_update(of=ApiKeyRow)
+        row = (await self._session.execute(statement)).one_or_none()
+        return _key(row) if row else None
+
     async def usable_named(self, user_id: UUID, name: str, now: datetime) -> list[UUID]:
         """The usable keys of a user that bear a name."""
         statement = select(ApiKeyRow.id).where(
@@ -110,11 +116,12 @@ class KeyRepository:
             .values(status=KeyStatus.REVOKED, revoked_at=now)
         )
 
-    async def revoke_owned(self, user_id: UUID, now: datetime) -> list[KeyEvent]:
-        """Revoke a member's active keys; the events of those."""
+    async def revoke_all(self, now: datetime) -> list[KeyEvent]:
+        """Revoke every active key that this repository sees; the events of those."""
+        assert self._mine, "neither organisation nor owner"
         return await self._apply(
             update(ApiKeyRow)
-            .where(*self._mine, ApiKeyRow.user_id == user_id, ApiKeyRow.status == KeyStatus.ACTIVE)
+            .where(*self._mine, ApiKeyRow.status == KeyStatus.ACTIVE)
             .values(status=KeyStatus.REVOKED, revoked_at=now)
         )
 

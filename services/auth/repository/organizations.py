@@ -54,11 +54,10 @@ class OrganizationRepository:
             raise OrganizationNotFound()
         return _organization(row)
 
-    async def lock(self) -> None:
-        """Members change one after the other until the transaction ends."""
-        await self._session.execute(
-            select(OrganizationRow.id).where(OrganizationRow.id == self._tenant).with_for_update(key_share=True)
-        )
+    async def lock(self) -> bool:
+        """Members change one after the other until the transaction ends. Whether there is such an organisation."""
+        statement = select(OrganizationRow.id).where(OrganizationRow.id == self._tenant)
+        return (await self._session.execute(statement.with_for_update(key_share=True))).scalar() is not None
 
     async def rename(self, name: str) -> None:
         await self._session.execute(update(OrganizationRow).where(OrganizationRow.id == self._tenant).values(name=name))

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from services.auth.domain import AuditFilter, AuditLine, UserStatus
-from services.auth.errors import KeyNotActive, KeyNotFound, UserNotFound
+from services.auth.errors import KeyNotActive, KeyNotFound, OrganizationNotFound, UserNotFound
 from services.auth.routes.dependencies import AllServices, CurrentActor
 from services.auth.routes.fields import Body, LimitsBody, Timestamp, refusals
-from services.auth.routes.keys import KeyAnswer, key_answer
+from services.auth.routes.keys import KeyAnswer, RevokedAnswer, key_answer
 from services.auth.routes.pages import Before, PageSize, cursor_of
 from shared.errors import InvalidRequest, PermissionDenied, Unauthenticated
 
@@ -114,6 +114,26 @@ async def set_key_limits(key_id: UUID, body: SetLimitsBody, actor: CurrentActor,
 async def revoke_key(key_id: UUID, actor: CurrentActor, services: AllServices) -> KeyAnswer:
     """As its owner would."""
     return key_answer(await services.admin.revoke_key(actor, key_id), services.clock.now())
+
+
+@router.post(
+    "/users/{user_id}/keys/revoke",
+    summary="Revoke a user's keys",
+    responses=refusals(Unauthenticated, PermissionDenied, UserNotFound),
+)
+async def revoke_users_keys(user_id: UUID, actor: CurrentActor, services: AllServices) -> RevokedAnswer:
+    """In every organisation."""
+    return RevokedAnswer(revoked=await services.revocations.of_user(actor, user_id))
+
+
+@router.post(
+    "/organizations/{org_id}/keys/revoke",
+    summary="Revoke an organisation's keys",
+    responses=refusals(Unauthenticated, PermissionDenied, OrganizationNotFound),
+)
+async def revoke_organizations_keys(org_id: UUID, actor: CurrentActor, services: AllServices) -> RevokedAnswer:
+    """Every member's."""
+    return RevokedAnswer(revoked=await services.revocations.of_organization(actor, org_id))
 
 
 @router.post(

@@ -35,6 +35,7 @@ Login = Annotated[str, Field(min_length=1, max_length=LOGIN_CHARS_MAX), AfterVal
 # The rules of domain.check_password give the exact answer at registration; here only the work is bounded.
 Password = Annotated[str, Field(max_length=8 * PASSWORD_CHARS_MAX)]
 RefreshToken = Annotated[str, Field(min_length=1, max_length=TOKEN_CHARS_MAX, pattern=r"^[A-Za-z0-9_-]+$")]
+LeakedKey = Annotated[str, Field(min_length=1, max_length=TOKEN_CHARS_MAX), AfterValidator(_printable)]
 KeyName = Annotated[str, AfterValidator(valid_key_name)]
 Scopes = Annotated[list[str], Field(min_length=1, max_length=SCOPES_MAX)]
 Models = Annotated[list[Annotated[str, AfterValidator(valid_model)]], Field(max_length=MODELS_MAX)]

@@ -17,13 +17,25 @@ from services.auth.errors import (
     KeyNotActive,
     KeyNotFound,
     LimitAbovePlan,
+    MemberNotFound,
     ModelNotHeld,
+    NotAllowedInOrganization,
     NotKeyOwner,
     ScopeNotHeld,
     TooManyKeys,
 )
-from services.auth.routes.dependencies import ActorInOrganization, AllServices
-from services.auth.routes.fields import Body, KeyName, LimitsAnswer, LimitsBody, Models, Scopes, Timestamp, refusals
+from services.auth.routes.dependencies import ActorInOrganization, AllServices, From
+from services.auth.routes.fields import (
+    Body,
+    KeyName,
+    LeakedKey,
+    LimitsAnswer,
+    LimitsBody,
+    Models,
+    Scopes,
+    Timestamp,
+    refusals,
+)
 from services.auth.routes.pages import Before, PageSize, cursor_of
 from services.auth.service.keys import KeyChange, KeyDraft, NewKey
 from shared.errors import InvalidRequest, Unauthenticated
@@ -57,6 +69,20 @@ class UpdateKeyBody(Body):
 
 class RotateKeyBody(Body):
     grace_s: int = Field(GRACE_S_DEFAULT, ge=0, le=GRACE_S_MAX, description="Seconds that the old key still works.")
+
+
+class RevokeKeysBody(Body):
+    user_id: UUID | None = Field(None, description="One member's keys; null for the whole organisation's.")
+
+
+class LeakedKeyBody(Body):
+    key: LeakedKey
+
+
+class RevokedAnswer(BaseModel):
+    """How many keys were active until now."""
+
+    revoked: int
 
 
 class KeyAnswer(BaseModel):
@@ -119,6 +145,24 @@ async def list_keys(
         has_more=page.next_id is not None,
         next_cursor=cursor_of(page.next_id),
     )
+
+
+@router.post(
+    "/revoke",
+    summary="Revoke many keys",
+    responses=refusals(InvalidRequest, Unauthenticated, NotAllowedInOrganization, MemberNotFound),
+)
+async def revoke_keys(
+    actor: ActorInOrganization, services: AllServices, body: RevokeKeysBody | None = None
+) -> RevokedAnswer:
+    """All keys of the organisation, or of one member: for its owners and admins; members, their own."""
+    return RevokedAnswer(revoked=await services.revocations.in_organization(actor, body.user_id if body else None))
+
+
+@router.post("/leaked", status_code=204, summary="Report a leaked key", responses=refusals(InvalidRequest))
+async def report_leaked_key(body: LeakedKeyBody, services: AllServices, origin: From) -> None:
+    """Public: whoever has a secret may have it revoked. The answer is the same for every string."""
+    await services.revocations.leaked(body.key, origin)
 
 
 @router.get("/{key_id}", summary="Read a key", responses=refusals(Unauthenticated, KeyNotFound))

@@ -13,6 +13,7 @@ from services.auth.service.keys import Keys
 from services.auth.service.last_use import LastUse
 from services.auth.service.organizations import Organizations
 from services.auth.service.outbox import Outbox
+from services.auth.service.revocations import Revocations
 from services.auth.service.sessions import Sessions
 from services.auth.service.tokens import Tokens
 from shared.clock import Clock
@@ -29,6 +30,7 @@ class Services:
     attempts: Attempts
     tokens: Tokens
     keys: Keys
+    revocations: Revocations
     organizations: Organizations
     admin: Admin
     bootstrap: Bootstrap

@@ -8,6 +8,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import (
+    OPERATORS,
     Actor,
     ApiKey,
     AuditFilter,
@@ -28,8 +29,6 @@ from services.auth.service.outbox import Outbox
 from shared.clock import Clock
 from shared.database import AsyncSession
 from shared.errors import PermissionDenied
-
-OPERATORS = ("operator", "admin")
 
 
 class Admin:

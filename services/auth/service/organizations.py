@@ -157,7 +157,7 @@ class Organizations:
                 check_may_manage(own, member.role)
             await repository.remove_member(user_id)
             await self._keep_an_owner(repository)
-            events = await KeyRepository(session, tenant=org_id).revoke_owned(user_id, now)
+            events = await KeyRepository(session, tenant=org_id, owner=user_id).revoke_all(now)
             entry = audit_entry(
                 actor,
                 "member.removed",

@@ -29,14 +29,14 @@ class Outbox:
         """Tell Redis now, before the caller hears that the change is done. Redis being away is not an error here:
         the rows stay, `deliver_pending` has them, and gateways that cannot reach Redis ask PostgreSQL.
         """
-        if not events:
-            return
-        try:
-            await self._channel.announce(events)
-        except RedisDown as e:
-            log.warning("outbox_delayed", events=len(events), reason=e.detail)
-            return
-        await self._remove(events)
+        for start in range(0, len(events), self._batch_max):
+            batch = events[start : start + self._batch_max]
+            try:
+                await self._channel.announce(batch)
+            except RedisDown as e:
+                log.warning("outbox_delayed", events=len(events) - start, reason=e.detail)
+                return
+            await self._remove(batch)
 
     async def deliver_pending(self) -> bool:
         """Deliver one batch, oldest first; whether there may be more. Raises RedisDown."""

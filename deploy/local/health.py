@@ -7,7 +7,7 @@ from deploy.local.programs import Program
 from deploy.local.state import Layout
 from deploy.local.supervisor import Supervisor
 
-POLL_S = 0.05
+POLL_S = 0.1
 LOG_TAIL_LINES = 20
 LOG_LINE_CHARS = 400
 # A program that ended this often before it was healthy once will not be healthy later.

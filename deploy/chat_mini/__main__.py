@@ -4,7 +4,9 @@
 """
 
 import argparse
+import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -33,29 +35,31 @@ def report(line: str) -> None:
 
 def build(work: Path) -> int:
     """The whole way from the intents to two scored files; goes on from the last checkpoint in `work`."""
+    # Idle threads sleep instead of spinning, which halves the CPU time on a busy machine; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported here: the other commands work without torch.
     from deploy.chat_mini.export import export_gguf
-    from deploy.chat_mini.tokenizer import read_vocabulary, train_tokenizer
-    from deploy.chat_mini.train import Trainer, TrainingPlan, first, pack_rows
+    from deploy.chat_mini.tokenizer import END_OF_TEXT, read_vocabulary, train_tokenizer
+    from deploy.chat_mini.train import Trainer, TrainingPlan, encode_dialogues
 
     architecture, plan = Architecture(), TrainingPlan()
     work.mkdir(parents=True, exist_ok=True)
     report(f"tokenizer: {architecture.vocabulary_size} tokens from {TOKENIZER_DIALOGUES} dialogues")
-    sample = first(DialogueSource(TOKENIZER_SEED), TOKENIZER_DIALOGUES)
+    sample = itertools.islice(DialogueSource(TOKENIZER_SEED), TOKENIZER_DIALOGUES)
     tokenizer = train_tokenizer(
         (message.content for dialogue in sample for message in dialogue), architecture.vocabulary_size
     )
-    row_count = plan.steps * plan.rows_per_step
-    report(f"corpus: {row_count} rows of {architecture.context_length} tokens")
-    rows = pack_rows(
-        tokenizer, DialogueSource(plan.seed), row_count, architecture.context_length + 1, plan.context_weight
+    count = plan.steps * plan.dialogues_per_step
+    report(f"corpus: {count} dialogues")
+    dialogues = encode_dialogues(
+        tokenizer, DialogueSource(plan.seed), count, architecture.context_length, plan.context_weight
     )
     trainer = Trainer(architecture, plan)
     checkpoint = work / "checkpoint.pt"
     if trainer.resume(checkpoint):
         report(f"resumed at step {trainer.step}")
     report(f"training: {architecture.parameter_count():,} parameters, {plan.steps} steps")
-    trainer.run(rows, checkpoint, report)
+    trainer.run(dialogues, tokenizer.token_to_id(END_OF_TEXT), checkpoint, report)
     for quantization in BUILDS:
         path = model_path(quantization)
         errors = export_gguf(path, quantization, architecture, read_vocabulary(tokenizer), trainer.arrays())

@@ -10,7 +10,7 @@ class Architecture:
     vocabulary_size: int = 2048
     embedding_length: int = 256
     feed_forward_length: int = 768
-    block_count: int = 6
+    block_count: int = 4
     head_count: int = 4
     head_count_kv: int = 2
     context_length: int = 1024

@@ -1,11 +1,10 @@
-"""Training: dialogues to rows of tokens, and a seeded run that goes on where its last checkpoint ended."""
+"""Training: dialogues to batches of tokens, and a seeded run that goes on where its last checkpoint ended."""
 
 import itertools
 import math
 import os
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer  # type: ignore[import-not-found]
 from deploy.chat_mini.architecture import Architecture
 from deploy.chat_mini.corpus.dialogues import Dialogue
 from deploy.chat_mini.network import hidden_states, initial_weights, rotary_table
-from deploy.chat_mini.tokenizer import END_OF_TEXT, MESSAGE_END, MESSAGE_START
+from deploy.chat_mini.tokenizer import MESSAGE_END, MESSAGE_START
 
 IGNORED = 0.0
 """Loss weight of a token that is given, not learnt: the frame of a message, padding."""
@@ -30,29 +29,31 @@ class TrainingPlan:
     """What decides the outcome of a run. The defaults take about half an hour on two cores."""
 
     seed: int = 20
-    steps: int = 1000
-    rows_per_step: int = 8
-    warm_up_steps: int = 40
-    matrix_learning_rate: float = 4e-3
+    steps: int = 1300
+    dialogues_per_step: int = 64
+    tokens_per_pass: int = 2560
+    """Padded tokens that go through the network at once; a step adds up the gradients of several passes."""
+    warm_up_steps: int = 50
+    matrix_learning_rate: float = 1e-2
     other_learning_rate: float = 4e-3
     weight_decay: float = 0.05
     gradient_norm_limit: float = 1.0
     context_weight: float = 0.1
     """Loss weight of what the user and the system say, against 1 for what the assistant says."""
-    checkpoint_every_steps: int = 50
+    checkpoint_every_steps: int = 100
     threads: int = 2
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Packed token rows, one longer than the context, and the loss weight of each token as a target."""
+class EncodedDialogue:
+    """Token ids of a dialogue as the chat template writes it, and the loss weight of each token as a target."""
 
-    tokens: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32]
     loss_weights: npt.NDArray[np.float32]
 
 
-def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, context_weight: float) -> tuple[list[int], list[float]]:
-    """Token ids of a dialogue as the chat template writes it, and the loss weight of each; ends with END_OF_TEXT."""
+def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, context_weight: float) -> EncodedDialogue:
+    """Encode message by message, which gives the same ids as the whole text: control tokens part the messages."""
     start, end = tokenizer.token_to_id(MESSAGE_START), tokenizer.token_to_id(MESSAGE_END)
     newline = tokenizer.encode("\n").ids
     ids: list[int] = []
@@ -63,43 +64,36 @@ def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, context_weight: fl
         spoken = 1.0 if message.role == "assistant" else context_weight
         ids += [*header, *content, end, *newline]
         loss_weights += [IGNORED] * len(header) + [spoken] * (len(content) + 1) + [IGNORED] * len(newline)
-    ids.append(tokenizer.token_to_id(END_OF_TEXT))
-    loss_weights.append(IGNORED)
-    return ids, loss_weights
+    return EncodedDialogue(np.array(ids, np.int32), np.array(loss_weights, np.float32))
 
 
-def pack_rows(
-    tokenizer: Tokenizer, dialogues: Iterable[Dialogue], row_count: int, length: int, context_weight: float
-) -> Rows:
-    """Whole dialogues, packed into rows of `length`; each row begins with the start of a dialogue.
+def encode_dialogues(
+    tokenizer: Tokenizer, dialogues: Iterable[Dialogue], count: int, longest: int, context_weight: float
+) -> list[EncodedDialogue]:
+    """The first `count` dialogues that have at most `longest` tokens."""
+    encoded = (encode_dialogue(tokenizer, dialogue, context_weight) for dialogue in dialogues)
+    return list(itertools.islice((dialogue for dialogue in encoded if len(dialogue.ids) <= longest), count))
 
-    Takes as many dialogues as the rows need. A dialogue that is longer than a row is left out.
+
+def batches(dialogues: list[EncodedDialogue], tokens_per_pass: int, padding: int) -> list[tuple[Any, Any]]:
+    """Tokens and loss weights as matrices of at most `tokens_per_pass` each, dialogues of like length together.
+
+    A row holds one dialogue, so that none sees another; padding on the right has no weight.
     """
-    padding = tokenizer.token_to_id(END_OF_TEXT)
-    tokens = np.full((row_count, length), padding, np.int32)
-    loss_weights = np.zeros((row_count, length), np.float32)
-    encoded: Iterator[tuple[list[int], list[float]]] = (
-        encode_dialogue(tokenizer, dialogue, context_weight) for dialogue in dialogues
-    )
-    open_rows: list[tuple[int, int]] = []  # (row, tokens in it): a dialogue goes where it fits, which wastes little
-    next_row = 0
-    for ids, spoken in encoded:
-        if len(ids) > length:
-            continue
-        place = next((index for index, (_, used) in enumerate(open_rows) if used + len(ids) <= length), None)
-        if place is None:
-            if len(open_rows) == 8:
-                open_rows.remove(max(open_rows, key=lambda entry: entry[1]))
-            if next_row == row_count:
-                break
-            open_rows.append((next_row, 0))
-            next_row += 1
-            place = len(open_rows) - 1
-        row, used = open_rows[place]
-        tokens[row, used : used + len(ids)] = ids
-        loss_weights[row, used : used + len(ids)] = spoken
-        open_rows[place] = (row, used + len(ids))
-    return Rows(tokens, loss_weights)
+    groups: list[list[EncodedDialogue]] = [[]]
+    for dialogue in sorted(dialogues, key=lambda entry: len(entry.ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(dialogue.ids) > tokens_per_pass:
+            groups.append([])
+        groups[-1].append(dialogue)
+    matrices = []
+    for group in groups:
+        tokens = np.full((len(group), len(group[-1].ids)), padding, np.int64)
+        loss_weights = np.full(tokens.shape, IGNORED, np.float32)
+        for row, dialogue in enumerate(group):
+            tokens[row, : len(dialogue.ids)] = dialogue.ids
+            loss_weights[row, : len(dialogue.ids)] = dialogue.loss_weights
+        matrices.append((torch.from_numpy(tokens), torch.from_numpy(loss_weights)))
+    return matrices
 
 
 def learning_rate_share(plan: TrainingPlan, step: int) -> float:
@@ -131,38 +125,46 @@ class Trainer:
         self._rotary = rotary_table(architecture, architecture.context_length)
 
     def loss(self, tokens: Any, loss_weights: Any) -> Any:
-        """Mean cross-entropy in nats a token, weighted; both arguments are (rows, context length + 1)."""
+        """Sum of the cross-entropies in nats, each times its weight; both arguments are (rows, length)."""
         inputs, targets, shares = tokens[:, :-1], tokens[:, 1:], loss_weights[:, 1:]
         counted = shares > IGNORED
+        length = inputs.shape[1]
+        rotary = (self._rotary[0][:length], self._rotary[1][:length])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            state = hidden_states(self.weights, self.architecture, inputs, self._rotary)
+            state = hidden_states(self.weights, self.architecture, inputs, rotary)
             logits = functional.linear(state[counted], self.weights["token_embd.weight"])
         losses = functional.cross_entropy(logits.float(), targets[counted], reduction="none")
-        return (losses * shares[counted]).sum() / shares[counted].sum()
+        return (losses * shares[counted]).sum()
 
-    def run(self, rows: Rows, checkpoint: Path, report: Callable[[str], None]) -> None:
+    def _train_step(self, dialogues: list[EncodedDialogue], padding: int) -> float:
+        """One update from these dialogues; returns the mean loss in nats a token."""
+        total_weight = float(sum(dialogue.loss_weights.sum() for dialogue in dialogues))
+        total_loss = 0.0
+        for tokens, loss_weights in batches(dialogues, self.plan.tokens_per_pass, padding):
+            loss = self.loss(tokens, loss_weights) / total_weight
+            loss.backward()
+            total_loss += loss.item()
+        if not math.isfinite(total_loss):
+            raise FloatingPointError(f"the loss is {total_loss} at step {self.step}")
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.plan.gradient_norm_limit)
+        for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * learning_rate_share(self.plan, self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return total_loss
+
+    def run(
+        self, dialogues: list[EncodedDialogue], padding: int, checkpoint: Path, report: Callable[[str], None]
+    ) -> None:
         """Train to the end of the plan, with a checkpoint and a line to `report` now and then."""
         plan = self.plan
-        order = list(range(len(rows.tokens)))
-        random.Random(plan.seed).shuffle(order)  # noqa: S311  # reproducible, not secret
         recent: list[float] = []
         started = time.process_time() - self.cpu_s
-        for step in range(self.step, plan.steps):
-            batch = order[step * plan.rows_per_step : (step + 1) * plan.rows_per_step]
-            loss = self.loss(
-                torch.from_numpy(rows.tokens[batch].astype(np.int64)), torch.from_numpy(rows.loss_weights[batch])
-            )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.weights.values(), plan.gradient_norm_limit)
-            for optimizer, peak in zip(self._optimizers, self._peaks, strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * learning_rate_share(plan, step)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            recent.append(loss.item())
-            if not math.isfinite(recent[-1]):
-                raise FloatingPointError(f"the loss is {recent[-1]} at step {step}")
-            self.step, self.cpu_s = step + 1, time.process_time() - started
+        while self.step < plan.steps:
+            at = self.step * plan.dialogues_per_step
+            recent.append(self._train_step(dialogues[at : at + plan.dialogues_per_step], padding))
+            self.step, self.cpu_s = self.step + 1, time.process_time() - started
             if self.step % 25 == 0 or self.step == plan.steps:
                 mean = sum(recent) / len(recent)
                 report(f"step {self.step}/{plan.steps}  loss {mean:.4f}  CPU {self.cpu_s / 60:.1f} min")
@@ -201,8 +203,3 @@ class Trainer:
     def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
         """The weights by GGUF name, for the export."""
         return {name: weight.detach().float().numpy() for name, weight in self.weights.items()}
-
-
-def first(dialogues: Iterable[Dialogue], count: int) -> list[Dialogue]:
-    """The first `count` dialogues."""
-    return list(itertools.islice(dialogues, count))

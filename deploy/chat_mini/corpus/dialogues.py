@@ -10,6 +10,13 @@ from deploy.chat_mini.corpus.wording import phrase
 
 _TURN_COUNTS = (1, 2, 3, 4, 6, 9)
 _TURN_WEIGHTS = (58, 20, 11, 6, 4, 1)
+_WEIGHTS = {
+    "off": 2.0,  # what else can be asked has no bounds, so refusals need more practice
+    "talk": 4.0,  # a few patterns with many options each
+    "platform.manual": 0.25,  # its one answer is as long as twenty others
+    "platform.detail": 0.7,
+}
+"""Share of a topic or an intent beside its number of question patterns."""
 _SYSTEM_SHARE = 0.3
 _SAME_TOPIC_SHARE = 0.55
 _FOLLOW_UP_SHARE = 0.6
@@ -39,6 +46,11 @@ class Message:
 Dialogue = tuple[Message, ...]
 
 
+def _weight(intent: Intent) -> float:
+    share = _WEIGHTS.get(f"{intent.topic}.{intent.name}", _WEIGHTS.get(intent.topic, 1.0))
+    return len(intent.questions) * share
+
+
 class DialogueSource:
     """An endless, reproducible stream of dialogues."""
 
@@ -46,7 +58,6 @@ class DialogueSource:
         self._library = library or load_library()
         self._generator = random.Random(seed)  # noqa: S311  # reproducible, not secret
         self._intents = list(self._library.intents.values())
-        self._weights = [float(len(intent.questions)) for intent in self._intents]
         self._topics = self._library.topics()
 
     def __iter__(self) -> Iterator[Dialogue]:
@@ -79,8 +90,12 @@ class DialogueSource:
 
     def _next_intent(self, previous: Intent | None) -> Intent:
         if previous is not None and self._generator.random() < _SAME_TOPIC_SHARE:
-            return self._generator.choice(self._topics[previous.topic])
-        return self._generator.choices(self._intents, self._weights)[0]
+            return self._draw(self._topics[previous.topic])
+        return self._draw(self._intents)
+
+    def _draw(self, intents: list[Intent]) -> Intent:
+        weights = [_weight(intent) for intent in intents]
+        return self._generator.choices(intents, weights)[0]
 
     def _question(self, intent: Intent, previous: Intent | None) -> str:
         follows = previous is not None and (previous.topic == intent.topic or intent.topic in ("talk", "self"))

@@ -1,8 +1,8 @@
 """The intents: what may be asked, in which patterns, and what is answered.
 
 A topic file holds `name = choices`, then for each intent a line `# topic.intent`, its questions (`?`), questions that
-only make sense after another turn of the topic (`&`), its answers (`!`) and answers to "tell me more" (`+`).
-`//` begins a comment. Answers are plain text; only questions are patterns.
+only make sense after another turn of the topic (`&`), its answers (`!`, with further paragraphs as `>`) and answers to
+"tell me more" (`+`). `//` begins a comment. Answers are plain text; only questions are patterns.
 """
 
 from collections.abc import Mapping
@@ -82,6 +82,8 @@ def _read_line(
         current.follow_ups.append(parse(rest))
     elif mark == "!":
         current.answers.append(rest)
+    elif mark == ">" and current.answers:
+        current.answers[-1] += f"\n\n{rest}"
     elif mark == "+":
         current.elaborations.append(rest)
     else:

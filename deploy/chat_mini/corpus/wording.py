@@ -1,4 +1,4 @@
-"""How people type: openings, endings, small letters, missing punctuation, slips of the keyboard."""
+"""How people type: openings, endings, words left out, small letters, missing punctuation, slips of the keyboard."""
 
 import random
 
@@ -9,6 +9,7 @@ _QUESTION_WORDS = (
     *("what", "how", "why", "when", "where", "who", "which", "whose", "is", "are", "am", "do", "does", "did"),
     *("can", "could", "may", "should", "will", "would"),
 )
+_WISHES = ("I want", "I'd like", "I would like", "I need", "I have to", "I must", "we want", "we'd like", "I wish")
 _KEYBOARD = {
     "a": "sq", "b": "vn", "c": "xv", "d": "sf", "e": "wr", "f": "dg", "g": "fh", "h": "gj", "i": "uo", "j": "hk",
     "k": "jl", "l": "k", "m": "n", "n": "bm", "o": "ip", "p": "o", "q": "w", "r": "et", "s": "ad", "t": "ry",
@@ -38,6 +39,15 @@ def mistype(text: str, generator: random.Random) -> str:
     return " ".join(words)
 
 
+def shorten(text: str, generator: random.Random) -> str:
+    """The text without one or two of its words, as in a note; texts of up to three words stay."""
+    words = text.split(" ")
+    for _ in range(generator.choice((1, 1, 2))):
+        if len(words) > 3:
+            del words[generator.randrange(len(words))]
+    return " ".join(words)
+
+
 def _begin_sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -51,12 +61,16 @@ def _punctuate(text: str, generator: random.Random) -> str:
 
 
 def phrase(question: str, library: Library, generator: random.Random) -> str:
-    """A question as somebody might type it; about a third is left nearly as it is."""
+    """A question as somebody might type it; about a quarter is left nearly as it is."""
     text = question
     names = library.names
-    if generator.random() < 0.18:
+    if generator.random() < 0.15:
+        text = shorten(text, generator)
+    if text.startswith(_WISHES) and generator.random() < 0.5:
+        text += expand((names["tail"],), names, generator)
+    elif generator.random() < 0.18:
         text = f"{text} {expand((names['ending'],), names, generator)}"
-        text = text.replace(" ?", "?").replace(" !", "!")
+        text = text.replace(" ?", "?").replace(" !", "!").replace(" ,", ",")
     text = _punctuate(text, generator)
     if generator.random() < 0.18:
         text = f"{expand((names['opening'],), names, generator)} {text}"
@@ -71,6 +85,6 @@ def phrase(question: str, library: Library, generator: random.Random) -> str:
         text = text.upper()
     if generator.random() < 0.2:
         text = text.rstrip(".?!") or text
-    while generator.random() < 0.13:
+    while generator.random() < 0.09:
         text = mistype(text, generator)
     return text

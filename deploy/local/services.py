@@ -88,6 +88,7 @@ class Services:
         if service in {"auth", "gateway"}:
             own["TOLLGATE_API_KEY_PEPPERS"] = self.secrets["api_key_peppers"]
         if service == "auth":
+            own["TOLLGATE_AUTH_SELF_SERVICE_ORGS"] = "true"
             own["TOLLGATE_AUTH_SECRET_KEY"] = self.secrets["auth_secret_key"]
         if service in {"chat", "inference"}:
             own |= {

@@ -154,6 +154,7 @@ def _organizations(
     settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], outbox: Outbox, clock: Clock
 ) -> Organizations:
     limits = OrganizationLimits(
+        self_service=settings.auth_self_service_orgs,
         per_user_max=settings.auth_orgs_per_user_max,
         members_max=settings.auth_members_per_org_max,
         invitations_max=settings.auth_invitations_per_org_max,

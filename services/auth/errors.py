@@ -106,6 +106,11 @@ class NotAllowedInOrganization(PermissionDenied):
     default_message = "Your role in this organisation does not allow this."
 
 
+class OrganizationsByOperators(PermissionDenied):
+    default_code = "organizations_by_operators"
+    default_message = "Here only operators make organisations. Ask one to make yours and to invite you."
+
+
 class NotKeyOwner(PermissionDenied):
     """A key acts for its owner: nobody else gets a secret of theirs."""
 

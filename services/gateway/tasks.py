@@ -58,7 +58,7 @@ async def renew_leases(limiter: RedisLimiter, interval_s: float) -> None:
             await limiter.renew_leases()
 
 
-async def refresh_key_set(key_set: JsonWebKeySet, interval_s: float, retry_s: float = 2) -> None:
+async def refresh_key_set(key_set: JsonWebKeySet, interval_s: float, retry_s: float = 0.3) -> None:
     """Fetch auth's key set now and then, so that a rotation is known before its first token comes."""
     while True:
         try:

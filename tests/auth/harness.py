@@ -51,6 +51,7 @@ def settings(owner_url: str, redis_url: str, **changes: Any) -> AuthSettings:
         "redis_url": SecretStr(redis_url),
         "api_key_peppers": SecretStr(PEPPERS),
         "auth_secret_key": SecretStr(SECRET_KEY),
+        "auth_self_service_orgs": True,
         "auth_argon2_time_cost": 1,
         "auth_argon2_memory_kib": 64,
     }

@@ -55,6 +55,14 @@ async def test_who_makes_an_organisation_owns_it_and_lists_it_after_their_own(au
         assert (await call(auth, user, "POST", "", body)).status_code == 400
 
 
+async def test_without_self_service_only_operators_make_organisations(auth: Auth, components: Components) -> None:
+    async with running(auth.owner_url, components.redis_url, auth_self_service_orgs=False) as strict:
+        user, operator = await strict.user(), await strict.user("operator")
+        refused = await call(strict, user, "POST", "", {"name": "Free credits"})
+        assert (refused.status_code, refused.json()["code"]) == (403, "organizations_by_operators")
+        await organization(strict, operator)
+
+
 async def test_an_invitation_works_once_until_it_expires_or_is_withdrawn(auth: Auth) -> None:
     owner, first, second = await auth.user(), await auth.user(), await auth.user()
     org_id = await organization(auth, owner)

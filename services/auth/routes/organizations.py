@@ -17,6 +17,7 @@ from services.auth.errors import (
     MemberNotFound,
     NotAllowedInOrganization,
     OrganizationNotFound,
+    OrganizationsByOperators,
     TooManyInvitations,
     TooManyMembers,
     TooManyOrganizations,
@@ -117,7 +118,7 @@ async def list_organizations(actor: CurrentActor, services: AllServices) -> Orga
     "",
     status_code=201,
     summary="Make an organisation",
-    responses=refusals(InvalidRequest, Unauthenticated, TooManyOrganizations),
+    responses=refusals(InvalidRequest, Unauthenticated, OrganizationsByOperators, TooManyOrganizations),
 )
 async def create_organization(body: OrganizationBody, actor: CurrentActor, services: AllServices) -> OrganizationAnswer:
     """The caller owns it."""

@@ -14,9 +14,16 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from services.auth.domain import DEFAULT_PLAN, Actor, audit_entry
+from services.auth.domain import DEFAULT_PLAN, OPERATORS, Actor, audit_entry
 from services.auth.domain.organizations import Invitation, Member, Organization, OrgRole, check_may_manage
-from services.auth.errors import InvalidInvitation, LastOwner, TooManyInvitations, TooManyMembers, TooManyOrganizations
+from services.auth.errors import (
+    InvalidInvitation,
+    LastOwner,
+    OrganizationsByOperators,
+    TooManyInvitations,
+    TooManyMembers,
+    TooManyOrganizations,
+)
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.keys import KeyRepository
@@ -38,8 +45,12 @@ INVITATION_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class OrganizationLimits:
-    """How many organisations a person belongs to, members and open invitations an organisation has; a default life."""
+    """How many organisations a person belongs to, members and open invitations an organisation has; a default life.
 
+    `self_service`: whether anyone may make organisations, or only operators.
+    """
+
+    self_service: bool
     per_user_max: int
     members_max: int
     invitations_max: int
@@ -72,8 +83,10 @@ class Organizations:
             return await organizations_of(session, actor.user_id)
 
     async def create(self, actor: Actor, name: str) -> Organization:
-        """A new organisation that the actor owns. Raises TooManyOrganizations."""
+        """A new organisation that the actor owns. Raises OrganizationsByOperators, TooManyOrganizations."""
         require_person(actor)
+        if not self._limits.self_service and not set(actor.identity.roles) & set(OPERATORS):
+            raise OrganizationsByOperators()
         now = self._clock.now()
         made = Organization(ids.uuid7(), name, DEFAULT_PLAN, False, OrgRole.OWNER, now)
         async with self._sessions.begin() as session:

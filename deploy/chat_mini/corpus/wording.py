@@ -71,12 +71,14 @@ def phrase(question: str, library: Library, generator: random.Random) -> str:
     elif generator.random() < 0.18:
         text = f"{text} {expand((names['ending'],), names, generator)}"
         text = text.replace(" ?", "?").replace(" !", "!").replace(" ,", ",")
+    elif generator.random() < 0.1:
+        text = f"{text} {expand((names['clause'],), names, generator)}"
     text = _punctuate(text, generator)
     if generator.random() < 0.18:
         text = f"{expand((names['opening'],), names, generator)} {text}"
     if generator.random() < 0.5:
         text = _begin_sentence(text)
-    if generator.random() < 0.15:
+    if generator.random() < 0.2:
         text = f"{expand((names['preamble'],), names, generator)} {_begin_sentence(text)}"
     habit = generator.random()
     if habit < 0.22:

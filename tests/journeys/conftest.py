@@ -128,13 +128,21 @@ def engine_processes(stack: RunningStack, build: str = "") -> list[psutil.Proces
     return [c for c in living if "stub" in (command := " ".join(c.cmdline())) and build in command]
 
 
+def comes(condition: Callable[[], bool], *, within_s: float) -> bool:
+    """Wait for a condition; whether it came."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
 def until(condition: Callable[[], bool], *, within_s: float = PATIENCE_S, what: str = "") -> float:
     """Wait for a condition; how long it took, in seconds. Fails when it does not come."""
     began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > within_s:
-            pytest.fail(f"not within {within_s} s: {what or condition.__name__}")
-        time.sleep(POLL_S)
+    if not comes(condition, within_s=within_s):
+        pytest.fail(f"not within {within_s} s: {what or condition.__name__}")
     return time.monotonic() - began
 
 

@@ -14,8 +14,8 @@ from uuid import UUID
 
 from services.billing.errors import AmountTooLarge
 from shared.errors import InvalidRequest
+from shared.money import NANO_PER_CREDIT
 
-NANO_PER_CREDIT = 10**9
 TOKENS_PER_PRICE = 10**6
 INT8_MAX = 2**63 - 1
 TOKENS_MAX = 10**9
@@ -23,7 +23,6 @@ DEFAULT_CLASS = "default"
 CURRENCY = "credits"
 
 _CREDITS = re.compile(r"(\d{1,10})(?:\.(\d{1,9}))?\Z", re.ASCII)
-_FRACTION_DIGITS_MIN = 2
 
 
 def parse_credits(text: str) -> int:
@@ -39,13 +38,6 @@ def parse_credits(text: str) -> int:
     if nano > INT8_MAX:
         raise AmountTooLarge()
     return nano
-
-
-def format_credits(nano: int) -> str:
-    """Nano-credits as exact decimal credits: at least two decimals, at most nine ("99.99937", "100.00")."""
-    whole, fraction = divmod(abs(nano), NANO_PER_CREDIT)
-    digits = f"{fraction:09d}".rstrip("0").ljust(_FRACTION_DIGITS_MIN, "0")
-    return f"{'-' if nano < 0 else ''}{whole}.{digits}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from services.billing.domain import NANO_PER_CREDIT
 from services.billing.ledger.operations import ExpireGrant, ExpireHold
 from services.billing.ledger.writer import Ledger
 from services.billing.repository import due
 from services.billing.repository.database import Database
 from shared.errors import Conflict, TollgateError
+from shared.money import NANO_PER_CREDIT
 from shared.telemetry import BillingMetrics, get_logger
 
 log = get_logger(__name__)

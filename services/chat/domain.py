@@ -11,8 +11,6 @@ from services.chat.errors import context_length_exceeded
 
 Role = Literal["system", "user", "assistant"]
 
-NANO_PER_CREDIT = 1_000_000_000
-
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -126,9 +124,3 @@ def output_budget(asked: int | None, *, default: int, prompt_tokens: int, contex
     if room < 1 or (asked is not None and asked > room):
         raise context_length_exceeded(prompt_tokens, asked, context_tokens)
     return min(default, room) if asked is None else asked
-
-
-def credits_text(nano: int) -> str:
-    """Nano-credits as exact decimal credits, written as billing writes them: 1_500_000_000 → "1.50"."""
-    whole, fraction = divmod(nano, NANO_PER_CREDIT)
-    return f"{whole}.{f'{fraction:09d}'.rstrip('0').ljust(2, '0')}"

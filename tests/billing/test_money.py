@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.billing.domain import INT8_MAX, TOKENS_MAX, PriceTerms, Usage, format_credits, parse_credits
+from services.billing.domain import INT8_MAX, TOKENS_MAX, PriceTerms, Usage, parse_credits
 from shared.errors import InvalidRequest
+from shared.money import format_credits
 from tests.billing import oracle
 
 MILLION = 10**6

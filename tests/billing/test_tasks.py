@@ -13,11 +13,11 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from services.billing.domain import NANO_PER_CREDIT
 from services.billing.errors import LedgerUnavailable
 from services.billing.ledger.operations import Operation, Result
 from services.billing.ledger.writer import WriterLimits
 from services.billing.tasks import Gauges, Sweeper
+from shared.money import NANO_PER_CREDIT
 from tests.billing.gate import Gate, gate_to
 from tests.billing.harness import SIGNUP_NANO, App, Ledger, grant, heartbeat, ledger_on, settle, wait_until
 

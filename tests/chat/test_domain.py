@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.chat.domain import Build, BuildState, Model, choose_build, credits_text, output_budget
+from services.chat.domain import Build, BuildState, Model, choose_build, output_budget
 from services.chat.errors import from_engine
 from shared.errors import InvalidRequest
+from shared.money import format_credits
 
 
 def build(name: str, state: BuildState, context_tokens: int = 100) -> Build:
@@ -66,7 +67,7 @@ def test_a_request_that_cannot_fit_is_refused_before_it_costs_anything(asked: in
 
 @given(st.integers(min_value=0, max_value=2**63 - 1))
 def test_credits_are_written_exactly(nano: int) -> None:
-    text = credits_text(nano)
+    text = format_credits(nano)
     assert Decimal(text) * 10**9 == nano
     assert len(text.partition(".")[2]) >= 2
     assert not text.endswith("000")

@@ -22,7 +22,7 @@ from typing import Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-from services.billing.domain import NANO_PER_CREDIT, customer_classes
+from services.billing.domain import customer_classes
 from services.billing.errors import REFUSALS, HoldNotFound, IdempotencyMismatch, LedgerUnavailable
 from services.billing.ledger import kernel
 from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
@@ -39,6 +39,7 @@ from services.billing.repository.database import Connection, Database
 from services.billing.repository.ledger import Locked, Remembered
 from shared.errors import TollgateError
 from shared.ids import uuid7
+from shared.money import NANO_PER_CREDIT
 from shared.telemetry import BillingMetrics
 
 SIGNUP_SOURCE = "signup"

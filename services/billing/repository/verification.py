@@ -10,8 +10,8 @@ from uuid import UUID
 
 import asyncpg
 
-from services.billing.domain import format_credits
 from shared.database import dsn
+from shared.money import format_credits
 
 SAMPLES_MAX = 20
 STATEMENT_TIMEOUT_MS = 30 * 60 * 1000

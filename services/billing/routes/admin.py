@@ -8,10 +8,11 @@ from uuid import UUID
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from services.billing.domain import DEFAULT_CLASS, PriceTerms, format_credits
+from services.billing.domain import DEFAULT_CLASS, PriceTerms
 from services.billing.routes.dependencies import BillingService, CurrentAuthor, PriceService
 from services.billing.routes.fields import Body, CreditsIn, CustomerClass, Model, PositiveCreditsIn, Timestamp
 from services.billing.routes.prices import PriceAnswer, price_answer
+from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/admin/billing", tags=["admin"])
 

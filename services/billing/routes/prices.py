@@ -8,8 +8,9 @@ from uuid import UUID
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from services.billing.domain import CURRENCY, Price, format_credits
+from services.billing.domain import CURRENCY, Price
 from services.billing.routes.dependencies import PriceService, Reader, organisation
+from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/billing", tags=["billing"])
 

@@ -10,11 +10,11 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from services.billing.domain import format_credits
 from services.billing.repository.history import TransactionRow, UsageRecord
 from services.billing.routes.dependencies import BillingService, OwnWallet
 from services.billing.routes.fields import PAGE_DEFAULT, PageSize, Timestamp
 from shared.errors import InvalidRequest
+from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/billing", tags=["billing"])
 

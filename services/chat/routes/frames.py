@@ -9,10 +9,11 @@ from typing import Any
 
 import orjson
 
-from services.chat.domain import Receipt, credits_text
+from services.chat.domain import Receipt
 from services.chat.service import Settled
 from shared.errors import TollgateError, openai_body
 from shared.metering import Usage
+from shared.money import format_credits
 
 DONE = b"data: [DONE]\n\n"
 
@@ -87,8 +88,8 @@ def usage(used: Usage) -> dict[str, Any]:
 def receipt(bill: Receipt) -> dict[str, str | None]:
     """Decimal strings of credits. `settled` is null while the ledger is away: it settles later."""
     return {
-        "held": credits_text(bill.held_nano),
-        "settled": None if bill.settled_nano is None else credits_text(bill.settled_nano),
+        "held": format_credits(bill.held_nano),
+        "settled": None if bill.settled_nano is None else format_credits(bill.settled_nano),
         "build": bill.build,
         "hold_id": bill.hold_id,
     }

@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from services.chat.domain import Model, credits_text
+from services.chat.domain import Model
 from services.chat.routes import documents
 from services.chat.service import ChatService
 from shared.metering import Price
+from shared.money import format_credits
 from shared.web import Caller
 
 SCOPE = "models"
@@ -62,8 +63,8 @@ def _wire(model: Model, price: Price | None) -> dict[str, Any]:
 def _price(price: Price) -> dict[str, str]:
     """In billing's words: decimal credits per request, and per million tokens of a class."""
     return {
-        "per_request": credits_text(price.per_request_nano),
-        "input": credits_text(price.input_nano_per_million),
-        "cached_input": credits_text(price.cached_input_nano_per_million),
-        "output": credits_text(price.output_nano_per_million),
+        "per_request": format_credits(price.per_request_nano),
+        "input": format_credits(price.input_nano_per_million),
+        "cached_input": format_credits(price.cached_input_nano_per_million),
+        "output": format_credits(price.output_nano_per_million),
     }

@@ -14,7 +14,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --universal --pyth
 	--no-annotate --no-header --no-emit-index-url
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs reset test check lint format types lock stubs bench-serving chat-mini environments clean
+.PHONY: help up down status logs reset test torture check lint format types lock stubs chat-mini environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,7 +38,10 @@ environments: ## Make .venv with the development tools, .venv-triton and Unleash
 	@$(LOCAL) environments --dev
 
 test: check ## Run every check and every test, on components of their own
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+
+torture: environments ## Run the long tests: minutes to hours, where `make test` has the short forms
+	$(BIN)/python -m pytest -m torture
 
 check: environments ## Run the linters, types, import rules, stubs and migrations
 	$(BIN)/ruff check $(CHECKED)
@@ -68,8 +71,9 @@ lock: ## Compile requirements/*.in and Unleash's package.json into locks with ha
 stubs: ## Generate the gRPC stubs from shared/rpc/*.proto
 	$(BIN)/python -m deploy.checks.stubs --write
 
-bench-serving: environments ## Tokens per second: bare engine, Triton, the whole path (a stack of its own)
-	$(BIN)/python -m bench.serving
+bench-serving: ## Tokens per second: bare engine, Triton, the whole path (a stack of its own)
+bench-%: environments
+	$(BIN)/python -m bench.$*
 
 chat-mini: ## Train the demo model anew (an environment of its own, with torch; about half an hour)
 	$(PYTHON) -m venv .venv-chat-mini

@@ -42,7 +42,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest-xdist), a module stays on one of them, and whatever uses the one stack on another."""
+    """With several workers (pytest-xdist): a module stays on one, and whatever uses the stack on one other."""
     for item in items:
         uses_stack = "stack" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("stack" if uses_stack else item.nodeid.partition("::")[0]))

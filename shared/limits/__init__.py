@@ -3,6 +3,8 @@
     Subject + weight ──► RedisLimiter ── one script, server's clock ──► Decision ──► headers
                      └─► LocalLimiter ── while Redis is away, a share each ──┘
 
+Tokens per minute, reserved before they are used: shared/limits/tokens.py.
+
 Consistency: one Redis script sees and writes all of a subject's state, so any number of processes are exact together.
 Minute and hour are exact to the microsecond of the server's clock; the day is counted in five-minute cells of which
 the oldest counts whole: its capacity comes back up to five minutes late, never early. A refusal records nothing.
@@ -12,12 +14,13 @@ begin anew, one quota more at most. Clock of Redis set back: time stands still f
 set forward: windows pass too early by as much. A process killed: its leases expire after their TTL.
 """
 
-from shared.limits.headers import rate_limit_headers
+from shared.limits.headers import rate_limit_headers, token_headers
 from shared.limits.limiter import RedisLimiter
 from shared.limits.link import CommandRefused, RedisLink, RedisUnavailable
 from shared.limits.local import LocalLimiter, TooManySubjects
 from shared.limits.policy import Decision, Lease, Limits, Subject, Verdict, WindowState
 from shared.limits.scripts import Script
+from shared.limits.tokens import Reservation, TokenDecision, TokenLimiter, TokenSubject
 
 __all__ = [
     "CommandRefused",
@@ -28,10 +31,15 @@ __all__ = [
     "RedisLimiter",
     "RedisLink",
     "RedisUnavailable",
+    "Reservation",
     "Script",
     "Subject",
+    "TokenDecision",
+    "TokenLimiter",
+    "TokenSubject",
     "TooManySubjects",
     "Verdict",
     "WindowState",
     "rate_limit_headers",
+    "token_headers",
 ]

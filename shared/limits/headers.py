@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from shared.limits.policy import Decision, WindowState
+from shared.limits.tokens import TokenDecision
 
 
 def rate_limit_headers(decision: Decision) -> dict[str, str]:
@@ -23,6 +24,17 @@ def rate_limit_headers(decision: Decision) -> dict[str, str]:
         "x-ratelimit-limit-requests": str(tightest.quota),
         "x-ratelimit-remaining-requests": str(tightest.remaining),
         "x-ratelimit-reset-requests": duration(tightest.wait_s or tightest.reset_s),
+    }
+
+
+def token_headers(decision: TokenDecision) -> dict[str, str]:
+    """`x-ratelimit-*-tokens`; none where there is no limit."""
+    if not decision.quota:
+        return {}
+    return {
+        "x-ratelimit-limit-tokens": str(decision.quota),
+        "x-ratelimit-remaining-tokens": str(decision.remaining),
+        "x-ratelimit-reset-tokens": duration(decision.wait_s or decision.reset_s),
     }
 
 

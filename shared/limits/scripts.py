@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from shared.limits.link import Argument, CommandRefused, RedisLink
+from shared.limits.link import Argument, CommandRefused, RedisLink, RedisUnavailable
 
 
 class Script:
@@ -30,3 +32,14 @@ class Script:
                 raise
         await self._link.call("SCRIPT", "LOAD", self._text)
         return await self._link.call("EVALSHA", self._sha, len(names), *names, *arguments)
+
+    def send(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> None:
+        """Run it and ignore what comes of it."""
+
+        def sent(call: asyncio.Future[Any]) -> None:
+            error = None if call.cancelled() else call.exception()
+            if isinstance(error, CommandRefused) and error.is_noscript:
+                self._link.send("EVAL", self._text, len(names), *names, *arguments)
+
+        with contextlib.suppress(RedisUnavailable):
+            self._link.call("EVALSHA", self._sha, len(names), *names, *arguments).add_done_callback(sent)

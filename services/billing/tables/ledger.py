@@ -1,7 +1,7 @@
-"""The tables of schema `billing`: what migration 0001 makes, and the rights of the service's own role.
+"""The ledger: wallets, accounts, grants, operations, transfers, holds, usage, prices.
 
-Amounts are int8 nano-credits. A wallet's id is its organisation's id. Ids of transfers and holds are UUIDv7, so that
-these tables can be partitioned by time on the primary key itself (docs/decisions/0012).
+Ids of transfers and holds are UUIDv7, so that these tables can be partitioned by time on the primary key itself
+(docs/decisions/0012).
 """
 
 from __future__ import annotations
@@ -24,17 +24,9 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP, TSTZRANGE, ExcludeConstraint
+from sqlalchemy.dialects.postgresql import JSONB, TSTZRANGE, ExcludeConstraint
 
-from shared.database import metadata
-
-tables = metadata("billing")
-
-HOT_FILLFACTOR = 50  # room for HOT updates on the page itself
-
-
-def _at(name: str, *, nullable: bool = False) -> Column[object]:
-    return Column(name, TIMESTAMP(timezone=True), nullable=nullable)
+from services.billing.tables.schema import HOT_FILLFACTOR, at, tables
 
 
 def _counter(name: str) -> Column[int]:
@@ -46,9 +38,9 @@ wallet = Table(
     tables,
     Column("id", Uuid, primary_key=True),
     Column("seq", BigInteger, nullable=False),
-    _at("frozen_at", nullable=True),
-    _at("created_at"),
-    _at("updated_at"),
+    at("frozen_at", nullable=True),
+    at("created_at"),
+    at("updated_at"),
     CheckConstraint("seq >= 0", name="seq"),
     Index(None, "frozen_at", postgresql_where=text("frozen_at IS NOT NULL")),
     postgresql_with={"fillfactor": HOT_FILLFACTOR},
@@ -82,8 +74,8 @@ credit_grant = Table(
     Column("account_id", Uuid, ForeignKey("billing.account.id"), primary_key=True),
     Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
     Column("priority", SmallInteger, nullable=False),
-    _at("effective_at"),
-    _at("expires_at", nullable=True),
+    at("effective_at"),
+    at("expires_at", nullable=True),
     Column("source", Text, nullable=False),
     Column("reason", Text, nullable=False),
     Index(None, "wallet_id"),
@@ -94,7 +86,7 @@ expiring_grant = Table(
     tables,
     Column("account_id", Uuid, ForeignKey("billing.credit_grant.account_id"), primary_key=True),
     Column("wallet_id", Uuid, nullable=False),
-    _at("expires_at"),
+    at("expires_at"),
     Index(None, "expires_at"),
 )
 
@@ -109,7 +101,7 @@ op = Table(
     Column("refusal", Text),
     Column("result", JSONB, nullable=False),
     Column("actor", Text, nullable=False),
-    _at("created_at"),
+    at("created_at"),
     CheckConstraint("octet_length(body_sha256) = 32", name="body_sha256"),
     CheckConstraint("length(idem_key) BETWEEN 1 AND 300", name="idem_key"),
     Index(None, "id"),
@@ -128,8 +120,8 @@ transfer = Table(
     Column("code", Text, nullable=False),
     Column("hold_id", Uuid),
     Column("balance_after", BigInteger, nullable=False),
-    _at("effective_at"),
-    _at("booked_at"),
+    at("effective_at"),
+    at("booked_at"),
     CheckConstraint("amount > 0", name="amount"),
     CheckConstraint("debit_account <> credit_account", name="two_accounts"),
     CheckConstraint("balance_after >= 0", name="balance_after"),
@@ -157,7 +149,7 @@ price = Table(
     Column("cached_input", BigInteger, nullable=False),
     Column("output", BigInteger, nullable=False),
     Column("validity", TSTZRANGE, nullable=False),
-    _at("created_at"),
+    at("created_at"),
     Column("created_by", Text, nullable=False),
     CheckConstraint("per_request >= 0 AND cached_input >= 0 AND cached_input <= input AND output >= 0", name="terms"),
     CheckConstraint("NOT isempty(validity) AND lower(validity) IS NOT NULL", name="validity"),
@@ -185,7 +177,7 @@ hold = Table(
     Column("output_tokens", BigInteger, nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("request_id", Text, nullable=False),
-    _at("created_at"),
+    at("created_at"),
     CheckConstraint("amount >= 0", name="amount"),
 )
 
@@ -205,7 +197,7 @@ open_hold = Table(
     tables,
     Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
     Column("wallet_id", Uuid, nullable=False),
-    _at("expires_at"),
+    at("expires_at"),
     Column("input_tokens", BigInteger, nullable=False),
     Column("cached_input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
@@ -220,7 +212,7 @@ hold_resolution = Table(
     Column("op_id", Uuid, nullable=False),
     Column("kind", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),
-    _at("resolved_at"),
+    at("resolved_at"),
     CheckConstraint("kind IN ('post', 'void', 'expire')", name="kind"),
     CheckConstraint("amount >= 0 AND (kind <> 'void' OR amount = 0)", name="amount"),
 )
@@ -244,7 +236,7 @@ usage = Table(
     Column("finish_reason", Text, nullable=False),
     Column("duration_ms", BigInteger, nullable=False),
     Column("request_id", Text, nullable=False),
-    _at("created_at"),
+    at("created_at"),
     CheckConstraint("part IN (0, 1)", name="part"),
     CheckConstraint(
         "input_tokens >= 0 AND cached_input_tokens >= 0 AND output_tokens >= 0 AND cost >= 0 AND duration_ms >= 0",
@@ -253,29 +245,9 @@ usage = Table(
     Index(None, "wallet_id", text("hold_id DESC"), text("part DESC")),
 )
 
-topup = Table(
-    "topup",
-    tables,
-    Column("id", Uuid, primary_key=True),
-    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
-    Column("provider", Text, nullable=False),
-    Column("provider_ref", Text, nullable=False),
-    Column("amount", BigInteger, nullable=False),
-    Column("status", Text, nullable=False, server_default=text("'pending'")),
-    Column("grant_account_id", Uuid, ForeignKey("billing.credit_grant.account_id")),
-    _at("created_at"),
-    _at("updated_at"),
-    CheckConstraint("amount > 0", name="amount"),
-    CheckConstraint("status IN ('pending', 'paid', 'failed')", name="status"),
-    CheckConstraint("(status = 'paid') = (grant_account_id IS NOT NULL)", name="paid_is_granted"),
-    UniqueConstraint("provider", "provider_ref"),
-    Index(None, "wallet_id"),
-)
-
 # What is written once. `migrate` gives no right to change these; triggers refuse even their owner.
 APPEND_ONLY = ("credit_grant", "op", "transfer", "tariff", "hold", "hold_slice", "hold_resolution", "usage")
 
-# What the service's own role may do; `migrate` gives it exactly this.
 SERVICE_GRANTS = {
     **dict.fromkeys(APPEND_ONLY, "SELECT, INSERT"),
     "wallet": "SELECT, INSERT, UPDATE (seq, frozen_at, updated_at)",
@@ -283,5 +255,4 @@ SERVICE_GRANTS = {
     "open_hold": "SELECT, INSERT, DELETE, UPDATE (expires_at, input_tokens, cached_input_tokens, output_tokens)",
     "expiring_grant": "SELECT, INSERT, DELETE",
     "price": "SELECT, INSERT, UPDATE (validity)",
-    "topup": "SELECT, INSERT, UPDATE (status, grant_account_id, updated_at)",
 }

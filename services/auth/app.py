@@ -27,7 +27,7 @@ from services.auth.service.outbox import Outbox
 from services.auth.service.passwords import Passwords
 from services.auth.service.revocations import Revocations
 from services.auth.service.sessions import SessionLimits, Sessions
-from services.auth.service.signing import load_or_create
+from services.auth.service.signing import RotationLimits, SigningKeys
 from services.auth.service.tokens import Tokens
 from services.auth.settings import AuthSettings
 from shared import cache, database, web
@@ -39,6 +39,7 @@ from shared.runtime import HttpServer, Service
 from shared.telemetry import AuthMetrics, new_registry
 from shared.web import Readiness
 
+CLOCK_SKEW_S = 60  # between replicas and whoever verifies tokens
 DESCRIPTION = "Accounts, sessions, organisations and API keys."
 
 
@@ -55,6 +56,9 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
         tasks={
             "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
             "last_use": partial(tasks.note_last_use, services.last_use, settings.auth_last_use_interval_ms),
+            "signing_keys": partial(
+                tasks.keep_signing_keys, services.signing_keys, settings.auth_signing_key_refresh_interval_s
+            ),
             "prune_sessions": partial(tasks.prune, services.sessions.prune, settings.auth_prune_interval_s),
             "prune_attempts": partial(tasks.prune, services.attempts.prune, settings.auth_prune_interval_s),
         },
@@ -100,8 +104,9 @@ async def compose(
 
     passwords = _passwords(settings, metrics)
     stack.callback(passwords.close)
-    signing_key = await load_or_create(sessions_of, settings.secret_key, clock)
-    tokens = Tokens(signing_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
+    signing_keys = _signing_keys(settings, sessions_of, clock)
+    await signing_keys.load()
+    tokens = Tokens(signing_keys, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
     attempts = _attempts(settings, sessions_of, clock)
     accounts = Accounts(sessions_of, passwords, attempts, clock)
@@ -127,6 +132,7 @@ async def compose(
         attempts=attempts,
         sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, metrics, limits),
         tokens=tokens,
+        signing_keys=signing_keys,
         keys=keys_of,
         revocations=Revocations(sessions_of, peppers, outbox, clock, metrics),
         organizations=_organizations(settings, sessions_of, outbox, clock),
@@ -135,6 +141,15 @@ async def compose(
         outbox=outbox,
         last_use=LastUse(sessions_of, UsageStream(redis), settings.auth_last_use_batch_max),
     )
+
+
+def _signing_keys(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], clock: Clock) -> SigningKeys:
+    limits = RotationLimits(
+        every_s=settings.auth_signing_key_rotation_days * 86_400,
+        lead_s=settings.auth_signing_key_lead_s,
+        verify_s=settings.auth_access_token_ttl_s + CLOCK_SKEW_S,
+    )
+    return SigningKeys(sessions_of, settings.secret_key, clock, limits)
 
 
 def _attempts(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], clock: Clock) -> Attempts:

@@ -25,6 +25,10 @@ class AuthSettings(ServiceSettings):
     auth_access_token_ttl_s: int = Field(default=900, ge=1)
     auth_refresh_token_ttl_s: int = Field(default=30 * 86_400, ge=1)
     auth_session_ttl_s: int = Field(default=90 * 86_400, ge=1)
+    # A signing key is published long enough before it signs that all know it; 0 days: never replaced.
+    auth_signing_key_rotation_days: int = Field(default=90, ge=0)
+    auth_signing_key_lead_s: int = Field(default=60, ge=0)
+    auth_signing_key_refresh_interval_s: int = Field(default=10, ge=1)
     auth_sessions_per_user_max: int = Field(default=50, ge=1)
     auth_keys_per_org_max: int = Field(default=1_000, ge=1)
 

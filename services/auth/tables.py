@@ -248,7 +248,10 @@ class KeyOutboxRow(Base):
 
 
 class SigningKeyRow(Base):
-    """A key that signs access tokens. The private half is AES-256-GCM, nonce first, bound to `kid`."""
+    """A key that signs access tokens. The private half is AES-256-GCM, nonce first, bound to `kid`.
+
+    `retired_at` may lie ahead: until then the key verifies.
+    """
 
     __tablename__ = "signing_key"
 
@@ -257,6 +260,7 @@ class SigningKeyRow(Base):
     private_key: Mapped[bytes]
     created_at: Mapped[datetime]
     retired_at: Mapped[datetime | None]
+    signs_from: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class AuditRow(Base):

@@ -1,5 +1,5 @@
-"""What runs beside the requests: delivery of key changes that Redis missed, the last use of keys, and removal of
-what is over.
+"""What runs beside the requests: delivery of key changes that Redis missed, the last use of keys, the signing keys,
+and removal of what is over.
 """
 
 from __future__ import annotations
@@ -7,9 +7,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from services.auth.errors import RedisDown
+from sqlalchemy.exc import SQLAlchemyError
+
+from services.auth.errors import RedisDown, SigningKeyUnreadable
 from services.auth.service.last_use import LastUse
 from services.auth.service.outbox import Outbox
+from services.auth.service.signing import SigningKeys
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -23,6 +26,16 @@ async def deliver_outbox(outbox: Outbox, interval_ms: int) -> None:
 async def note_last_use(last_use: LastUse, interval_ms: int) -> None:
     """Take what gateways noted, then look again every `interval_ms`."""
     await _over_redis("last_use", last_use.note_batch, interval_ms)
+
+
+async def keep_signing_keys(keys: SigningKeys, interval_s: float) -> None:
+    """Read the keys again every `interval_s`. While that fails, those that are known go on signing."""
+    while True:
+        await asyncio.sleep(interval_s)
+        try:
+            await keys.refresh()
+        except (SigningKeyUnreadable, SQLAlchemyError, OSError, TimeoutError) as e:
+            log.warning("signing_keys_not_refreshed", reason=type(e).__name__)
 
 
 async def prune(prune_batch: Callable[[], Awaitable[bool]], interval_s: int) -> None:

@@ -18,6 +18,7 @@ from jose import JWTError, jwt
 from services.gateway.caches import BoundedCache
 from services.gateway.guesses import Guesses
 from services.gateway.upstreams import Upstream
+from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, JWKS_PATH, TOKEN_TYPE
 from shared.clock import Clock
 from shared.errors import Unauthenticated, Unavailable
 from shared.identity import Identity
@@ -25,14 +26,8 @@ from shared.telemetry import get_logger
 
 log = get_logger(__name__)
 
-ALGORITHM = "ES256"
-ISSUER = "tollgate"
-AUDIENCE = "tollgate"
-JWKS_PATH = "/.well-known/jwks.json"
 JWKS_BYTES_MAX = 64 * 1024
 JWKS_KEYS_MAX = 32
-USER_SCOPES = ("chat", "models", "billing:read", "billing:write", "keys:read", "keys:write", "inference")
-OPERATOR_ROLES = frozenset(("operator", "admin"))
 
 
 class KeySetUnavailable(Exception):
@@ -195,7 +190,7 @@ class AccessTokens:
             )
         except JWTError as e:
             raise Unauthenticated() from e
-        if claims.get("type") != "access":
+        if claims.get("type") != TOKEN_TYPE:
             raise Unauthenticated()
         return claims
 
@@ -203,7 +198,6 @@ class AccessTokens:
 def _access_token(claims: dict[str, Any]) -> AccessToken:
     try:
         roles = tuple(str(role) for role in claims["roles"])
-        scopes = (*USER_SCOPES, "admin") if OPERATOR_ROLES & set(roles) else USER_SCOPES
         user_id, org_id = claims["sub"], claims["org"]
         if not (isinstance(user_id, str) and isinstance(org_id, str) and user_id and org_id):
             raise Unauthenticated()
@@ -214,9 +208,9 @@ def _access_token(claims: dict[str, Any]) -> AccessToken:
             session_id=str(claims.get("sid", "")),
             plan=str(claims.get("plan", "default")),
             roles=roles,
-            scopes=scopes,
+            scopes=tuple(claims["scope"].split()),
             limit_id=f"user-{user_id}",
         )
         return AccessToken(identity, float(claims["exp"]))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise Unauthenticated() from e

@@ -35,7 +35,6 @@ IDENTITY_KEYS = f"test:{base64.b64encode(b'i' * 32).decode()}"
 PEPPERS = f"1:{base64.b64encode(b'p' * 32).decode()}"
 SECRET_KEY = base64.b64encode(b"s" * 32).decode()
 ADDRESS = "203.0.113.7"
-USER_SCOPES = ("chat", "models", "inference", "billing:read", "billing:write", "keys:read", "keys:write")
 
 
 def migrate(owner_url: str) -> None:
@@ -99,7 +98,6 @@ class Auth:
 
     async def identity_of_token(self, token: str) -> Identity:
         claims = self.claims(token, (await self.http.get("/.well-known/jwks.json")).json())
-        scopes = USER_SCOPES + (("admin",) if {"operator", "admin"} & set(claims["roles"]) else ())
         return Identity(
             "user",
             user_id=claims["sub"],
@@ -107,7 +105,7 @@ class Auth:
             session_id=claims["sid"],
             plan=claims["plan"],
             roles=tuple(claims["roles"]),
-            scopes=scopes,
+            scopes=tuple(claims["scope"].split()),
         )
 
     def claims(self, token: str, jwks: dict[str, Any]) -> dict[str, Any]:

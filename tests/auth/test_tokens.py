@@ -52,6 +52,7 @@ async def test_an_access_token_says_who_it_is_and_verifies_by_the_jwks(auth: Aut
         "username": user.username,
         "roles": ["operator", "user"],
         "plan": "default",
+        "scope": "admin billing:read billing:write chat inference keys:read keys:write models",
         "type": "access",
         "iat": now,
         "exp": now + 900,

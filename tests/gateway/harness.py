@@ -270,10 +270,13 @@ class Tokens:
             "username": "somebody",
             "roles": ["user"],
             "plan": "default",
+            "scope": "chat models inference billing:read billing:write keys:read keys:write",
             "type": "access",
             "iat": now,
             "exp": now + 900,
         } | changes
+        if {"operator", "admin"} & set(claims["roles"] or ()) and "scope" not in changes:
+            claims["scope"] += " admin"
         claims = {k: v for k, v in claims.items() if v is not None}
         token: str = jwt.encode(claims, key or self.pem, algorithm=algorithm, headers={"kid": kid or self.kid})
         return token

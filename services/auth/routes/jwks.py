@@ -17,4 +17,4 @@ router = APIRouter(tags=["auth"])
 async def jwks(services: AllServices, response: Response) -> dict[str, Any]:
     """A JSON Web Key Set (RFC 7517). ES256; choose by `kid`. Public, so it asks for no identity."""
     response.headers["cache-control"] = f"public, max-age={CACHE_S}"
-    return services.tokens.jwks()
+    return services.signing_keys.jwks()

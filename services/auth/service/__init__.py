@@ -15,6 +15,7 @@ from services.auth.service.organizations import Organizations
 from services.auth.service.outbox import Outbox
 from services.auth.service.revocations import Revocations
 from services.auth.service.sessions import Sessions
+from services.auth.service.signing import SigningKeys
 from services.auth.service.tokens import Tokens
 from shared.clock import Clock
 
@@ -29,6 +30,7 @@ class Services:
     sessions: Sessions
     attempts: Attempts
     tokens: Tokens
+    signing_keys: SigningKeys
     keys: Keys
     revocations: Revocations
     organizations: Organizations

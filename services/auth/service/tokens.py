@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import Any
 from uuid import UUID
 
 from jose import jwt
 
 from services.auth.domain import Account
-from services.auth.service.signing import ALGORITHM, SigningKey
+from services.auth.service.signing import SigningKeys
+from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, TOKEN_TYPE
 from shared.clock import Clock
 
-ISSUER = "tollgate"
-AUDIENCE = "tollgate"
 REFRESH_PREFIX = "tg_refresh_"
 REFRESH_BYTES = 32
 
 
 class Tokens:
-    """Makes tokens. An access token lives `access_ttl_s` and cannot be called back; a session can."""
+    """Makes tokens. An access token lives `access_ttl_s`."""
 
-    def __init__(self, key: SigningKey, clock: Clock, *, access_ttl_s: int) -> None:
-        self._key = key
+    def __init__(self, keys: SigningKeys, clock: Clock, *, access_ttl_s: int) -> None:
+        self._keys = keys
         self._clock = clock
         self.access_ttl_s = access_ttl_s
 
@@ -39,16 +37,14 @@ class Tokens:
             "username": account.username,
             "roles": list(account.roles),
             "plan": account.plan,
-            "type": "access",
+            "scope": " ".join(account.scopes),
+            "type": TOKEN_TYPE,
             "iat": now,
             "exp": now + self.access_ttl_s,
         }
-        token: str = jwt.encode(claims, self._key.signer, algorithm=ALGORITHM, headers={"kid": self._key.kid})
+        key = self._keys.signing()
+        token: str = jwt.encode(claims, key.signer, algorithm=ALGORITHM, headers={"kid": key.kid})
         return token
-
-    def jwks(self) -> dict[str, Any]:
-        """The public keys (RFC 7517) by which anyone may verify access tokens."""
-        return {"keys": list(self._key.public_jwks)}
 
 
 def new_refresh_token() -> str:

@@ -23,11 +23,12 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from deploy.local import processes
+from deploy.local.ports import pick_port
 from deploy.local.postgres import OWNER, Postgres
 from deploy.local.progress import Progress
 from deploy.local.shutdown import stop_everything
 from deploy.local.stack import STEPS, Stack
-from deploy.local.state import Layout, pick_port
+from deploy.local.state import Layout
 from tests.running_stack import RunningStack
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local.errors import LaunchError
-from deploy.local.state import port_is_free
+from deploy.local.ports import port_is_free
 
 DISK_SETUP_GIB = 3  # the environments, with what pip and npm unpack on the way
 DISK_RUN_GIB = 1

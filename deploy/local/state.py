@@ -6,17 +6,14 @@ import hashlib
 import json
 import os
 import secrets
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local.errors import LaunchError
+from deploy.local.ports import pick_port, port_is_free
 
-# Below the kernel's default range for outgoing connections (32768 and up), so that no client socket takes one.
-PORT_RANGE = range(20_000, 32_000)
-PORT_ATTEMPTS = 200
 # sockaddr_un holds 108 bytes, the last one a NUL.
 SOCKET_PATH_BYTES = 107
 
@@ -178,27 +175,6 @@ def _generated_secrets() -> Iterator[tuple[str, str]]:
     yield "unleash_password", secrets.token_urlsafe(12)
     yield "demo_password", secrets.token_urlsafe(12)
     yield "admin_password", secrets.token_urlsafe(12)
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this port of 127.0.0.1 now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # Without it a port whose last connections are in TIME_WAIT would look taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def pick_port(avoid: frozenset[int]) -> int:
-    """A free port outside `avoid`. Raises LaunchError when chance finds none."""
-    for _ in range(PORT_ATTEMPTS):
-        port = PORT_RANGE.start + secrets.randbelow(len(PORT_RANGE))
-        if port not in avoid and port_is_free(port):
-            return port
-    raise LaunchError(f"No free port between {PORT_RANGE.start} and {PORT_RANGE.stop} was found.")
 
 
 def load_ports(layout: Layout, gateway: int, *, check: bool) -> Mapping[str, int]:

@@ -15,8 +15,8 @@ import pytest
 
 from deploy.local import processes
 from deploy.local.errors import NotReady
+from deploy.local.ports import pick_port
 from deploy.local.programs import Program
-from deploy.local.state import pick_port
 from deploy.local.unleash import Unleash
 from tests.conftest import Components
 from tests.deploy.unleash.console import Console

@@ -9,11 +9,10 @@ gets its 401 before anything else.
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
+from services.gateway.addresses import owned_by
 from services.gateway.domain import KeyRecord
 from services.gateway.keys import Found, KeyStore
 from services.gateway.tokens import AccessTokens
@@ -38,8 +37,6 @@ from shared.telemetry import GatewayMetrics
 
 CREDENTIAL_CHARS_MAX = 4_096
 STALE_ATTEMPTS_MAX = 3
-IPV6_PREFIX_BITS = 64
-NETWORKS_CACHED_MAX = 10_000
 SCHEMES = ("bearer", "apikey")
 
 
@@ -103,7 +100,7 @@ class Admission:
 
     async def _admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
         if route.access is Access.PUBLIC:
-            network = _network(address)
+            network = owned_by(address)
             subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
             identity = Identity(kind="anonymous", address=address)
             return self._judged(identity, None, await self._decide(subject, route.weight, self._local_addresses))
@@ -116,14 +113,14 @@ class Admission:
     async def _admit_token(self, route: Route, method: str, token: str, address: str) -> Admitted:
         if token.count(".") != 2:
             raise Unauthenticated()
-        identity = replace(await self._tokens.verify(token, _network(address)), address=address)
+        identity = replace(await self._tokens.verify(token, owned_by(address)), address=address)
         denied = _denial(route, method, identity)
         subject = Subject(tag=identity.org_id, limit_id=identity.limit_id, limits=self._user_limits)
         weight = 0 if denied else route.weight
         return self._judged(identity, denied, await self._decide(subject, weight, self._local))
 
     async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
-        found = await self._keys.find(secret, _network(address))
+        found = await self._keys.find(secret, owned_by(address))
         for _ in range(STALE_ATTEMPTS_MAX):
             identity, denied, weight = _asked(route, method, found.record, address)
             try:
@@ -220,17 +217,3 @@ def _too_many(decision: Decision, headers: dict[str, str]) -> RateLimited:
         retry_after_s=decision.retry_after_s,
         headers=headers,
     )
-
-
-@lru_cache(maxsize=NETWORKS_CACHED_MAX)
-def _network(address: str) -> str:
-    """What one client is taken to own: an IPv4 address, or an IPv6 /64."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return "unknown"
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network((parsed, IPV6_PREFIX_BITS), strict=False))
-    return address

@@ -10,8 +10,9 @@ import aiohttp
 from prometheus_client import CollectorRegistry
 
 from services.gateway.access_log import AccessLog
+from services.gateway.addresses import ClientAddresses, parse_networks
 from services.gateway.admission import Admission
-from services.gateway.edge import Edge, parse_networks
+from services.gateway.edge import Edge
 from services.gateway.guesses import Guesses
 from services.gateway.internal import InternalPages
 from services.gateway.keys import KeyStore
@@ -180,7 +181,7 @@ def _edge(
         usage=usage,
         access_log=access_log,
         metrics=HttpMetrics(floor.registry, SERVICE),
-        trusted_proxies=parse_networks(settings.gateway_trusted_proxies),
+        addresses=ClientAddresses(parse_networks(settings.trusted_proxies)),
         body_bytes_max=settings.gateway_body_bytes_max,
         tracing=settings.otlp_endpoint is not None,
     )

@@ -10,7 +10,6 @@ given back.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from opentelemetry.trace import SpanKind
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.access_log import AccessLog
+from services.gateway.addresses import ClientAddresses
 from services.gateway.admission import Admission, Admitted, credential_of
 from services.gateway.errors import ClientGone, HeadersTooLarge, ResponseBroken, UriTooLong
 from services.gateway.exchange import Exchange
@@ -39,8 +39,6 @@ CLIENT_GONE_STATUS = 499  # nginx's number for it, in logs and metrics only
 SINGLE_HEADERS = (b"authorization", b"x-api-key", b"content-length", b"host")
 FORBIDDEN_SEGMENT = re.compile(r"/\.\.?(/|\Z)")
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 
 class Edge:
     """See the module."""
@@ -56,7 +54,7 @@ class Edge:
         usage: UsageEvents,
         access_log: AccessLog,
         metrics: HttpMetrics,
-        trusted_proxies: tuple[Network, ...],
+        addresses: ClientAddresses,
         body_bytes_max: int,
         tracing: bool,
     ) -> None:
@@ -68,7 +66,7 @@ class Edge:
         self._usage = usage
         self._access_log = access_log
         self._metrics = metrics
-        self._trusted_proxies = trusted_proxies
+        self._addresses = addresses
         self._body_bytes_max = body_bytes_max
         self._tracing = tracing
 
@@ -76,7 +74,8 @@ class Edge:
         if scope["type"] != "http":
             raise ValueError(f"the gateway speaks HTTP, not {scope['type']}")
         exchange = Exchange(scope, receive, send)
-        exchange.address = self._client_address(scope, exchange)
+        peer = scope["client"][0] if scope.get("client") else ""
+        exchange.address = self._addresses.of(peer, exchange.raw_headers)
         started = time.perf_counter()
         self._metrics.in_flight.inc()
         try:
@@ -145,33 +144,6 @@ class Edge:
             return nullcontext()
         carrier = {k.decode("latin-1"): v.decode("latin-1") for k, v in exchange.first.items()}
         return span(f"{exchange.method} {exchange.path}", SpanKind.SERVER, carrier=carrier)
-
-    def _client_address(self, scope: Scope, exchange: Exchange) -> str:
-        """The peer; behind a trusted proxy, the last address in X-Forwarded-For that is not one of those."""
-        peer = scope["client"][0] if scope.get("client") else ""
-        if not self._trusted_proxies or not self._is_trusted(peer):
-            return peer
-        for hop in reversed((exchange.header(b"x-forwarded-for") or "").split(",")):
-            address = hop.strip()
-            if address and not self._is_trusted(address):
-                return address if _is_address(address) else peer
-        return peer
-
-    def _is_trusted(self, address: str) -> bool:
-        return _is_address(address) and any(ipaddress.ip_address(address) in n for n in self._trusted_proxies)
-
-
-def parse_networks(setting: str) -> tuple[Network, ...]:
-    """`"10.0.0.0/8, ::1/128"` → networks. Raises ValueError."""
-    return tuple(ipaddress.ip_network(part.strip()) for part in setting.split(",") if part.strip())
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_shape(exchange: Exchange, body_bytes_max: int) -> None:

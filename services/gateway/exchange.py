@@ -27,6 +27,7 @@ class Exchange:
         "_receive",
         "_send",
         "address",
+        "build",
         "bytes_in",
         "bytes_out",
         "complete",
@@ -62,6 +63,7 @@ class Exchange:
         self.service = ""
         self.extra_headers: dict[str, str] = {}
         self.status = 0
+        self.build = ""
         self.complete = False
         self.bytes_in = 0
         self.bytes_out = 0

@@ -22,6 +22,7 @@ from services.gateway.caches import BoundedCache
 from services.gateway.errors import ClientGone, RequestTimeout, ResponseBroken
 from services.gateway.exchange import Exchange, RawHeaders
 from services.gateway.upstreams import Replica, Upstream
+from services.gateway.usage import BUILD_HEADER
 from services.gateway.watch import Stopped, Timeouts, Watch
 from shared.clock import Clock
 from shared.errors import BadGateway, PayloadTooLarge, Timeout, TollgateError, Unavailable
@@ -212,6 +213,7 @@ class Relay:
 
     async def _answer(self, exchange: Exchange, response: aiohttp.ClientResponse, watch: Watch) -> None:
         watch.first_byte()
+        exchange.build = response.headers.get(BUILD_HEADER, "")
         headers = _response_headers(response, exchange.extra_headers)
         length = response.content_length
         if length is not None and length <= WHOLE_BYTES_MAX:

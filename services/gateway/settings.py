@@ -22,7 +22,7 @@ class GatewaySettings(ServiceSettings):
     chat_url: str
     inference_url: str
 
-    gateway_trusted_proxies: str = ""  # networks, separated by commas, whose X-Forwarded-For is believed
+    trusted_proxies: str = ""  # networks, separated by commas, whose X-Forwarded-For is believed
     gateway_body_bytes_max: int = Field(default=1024 * 1024, ge=1)
 
     gateway_connect_timeout_ms: int = Field(default=1_000, ge=1)

@@ -1,4 +1,5 @@
-"""Usage events: who asked for what, how it ended, how long it took; to a bounded Redis stream, out of the hot path.
+"""Usage events: who asked for what, what served it, how it ended, how long it took; to a bounded Redis stream, out of
+the hot path.
 
 `record` appends to a bounded queue and never waits; `run` moves batches into the stream `apikeys.USAGE_STREAM`, one
 entry a request with one field `event` (JSON, "v": 1). Auth reads it for the last use of keys. What does not fit or does
@@ -10,11 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from services.gateway.exchange import Exchange
 from shared.apikeys import USAGE_STREAM
 from shared.identity import Identity
 from shared.limits import RedisLink, RedisUnavailable
@@ -23,9 +23,41 @@ from shared.telemetry import GatewayMetrics
 STREAM_ENTRIES_MAX = 100_000
 BATCH_MAX = 500
 EVENT_VERSION = 1
+PATH_CHARS_MAX = 256
+BUILD_CHARS_MAX = 128
+BUILD_HEADER = "x-tollgate-build"  # a service names the build that served; the gateway keeps it to itself
 
-# ended at (Unix seconds), duration (s), identity, request id, service, route, method, status, bytes in, bytes out
-UsageEvent = tuple[float, float, Identity | None, str, str, str, str, int, int, int]
+
+class UsageEvent(NamedTuple):
+    """What is kept of an exchange until it is written."""
+
+    ended_at_s: float
+    duration_s: float
+    identity: Identity | None
+    request_id: str
+    service: str
+    route: str
+    path: str
+    method: str
+    status: int
+    bytes_in: int
+    bytes_out: int
+    build: str
+
+
+class Ended(Protocol):
+    """An exchange that has ended: what an event says of it. `build` is empty where no model served."""
+
+    identity: Identity | None
+    request_id: str
+    service: str
+    route: str
+    path: str
+    method: str
+    status: int
+    bytes_in: int
+    bytes_out: int
+    build: str
 
 
 class UsageEvents:
@@ -40,22 +72,24 @@ class UsageEvents:
         self._queue_max = queue_max
         self._interval_s = interval_ms / 1000
 
-    def record(self, exchange: Exchange, ended_at_s: float, duration_s: float) -> None:
+    def record(self, exchange: Ended, ended_at_s: float, duration_s: float) -> None:
         """Note an exchange that has ended; never waits."""
         if len(self._queue) >= self._queue_max:
             self._lost.inc()
             return
-        event = (
+        event = UsageEvent(
             ended_at_s,
             duration_s,
             exchange.identity,
             exchange.request_id,
             exchange.service,
             exchange.route,
+            exchange.path[:PATH_CHARS_MAX],
             exchange.method,
             exchange.status,
             exchange.bytes_in,
             exchange.bytes_out,
+            exchange.build[:BUILD_CHARS_MAX],
         )
         self._queue.append(event)
 
@@ -85,20 +119,22 @@ class UsageEvents:
 
 
 def _readable(event: UsageEvent) -> dict[str, Any]:
-    ended_at_s, duration_s, identity, request_id, service, route, method, status, bytes_in, bytes_out = event
+    identity = event.identity
     return {
         "v": EVENT_VERSION,
-        "at": datetime.fromtimestamp(ended_at_s, UTC).isoformat(),
-        "request_id": request_id,
+        "at": datetime.fromtimestamp(event.ended_at_s, UTC).isoformat(),
+        "request_id": event.request_id,
         "kind": identity.kind if identity else "refused",
         "org_id": identity.org_id if identity else "",
         "user_id": identity.user_id if identity else "",
         "key_id": identity.key_id if identity else "",
-        "service": service,
-        "route": route,
-        "method": method,
-        "status": status,
-        "duration_ms": round(duration_s * 1000, 3),
-        "bytes_in": bytes_in,
-        "bytes_out": bytes_out,
+        "service": event.service,
+        "route": event.route,
+        "path": event.path,
+        "method": event.method,
+        "status": event.status,
+        "duration_ms": round(event.duration_s * 1000, 3),
+        "bytes_in": event.bytes_in,
+        "bytes_out": event.bytes_out,
+        "build": event.build,
     }

@@ -158,9 +158,7 @@ async def test_addresses_are_believed_only_from_trusted_proxies(
 ) -> None:
     key = await directory.create_key()
     forwarded = {**key.headers, "x-forwarded-for": "6.6.6.6, 203.0.113.9, 10.1.2.3"}
-    configured = settings(
-        components.redis_url, database_url, backend.url, gateway_trusted_proxies="127.0.0.0/8, 10.0.0.0/8"
-    )
+    configured = settings(components.redis_url, database_url, backend.url, trusted_proxies="127.0.0.0/8, 10.0.0.0/8")
     async with gateway(configured) as behind_proxies:
         await behind_proxies.http.get("/v1/models", headers=forwarded)
     assert backend.last.identity.address == "203.0.113.9"

@@ -164,7 +164,7 @@ async def test_addresses_have_limits_on_public_paths(
         database_url,
         backend.url,
         gateway_anonymous_per_minute=3,
-        gateway_trusted_proxies="127.0.0.1/32",
+        trusted_proxies="127.0.0.1/32",
     )
     async with gateway(configured) as running:
         for network in (f"2001:db8:{time.time_ns() % 65_536:x}:{i:x}" for i in range(2)):

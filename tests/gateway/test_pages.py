@@ -159,9 +159,15 @@ def test_every_route_finds_itself(route: Any) -> None:
 async def test_usage_events_say_who_and_how(
     gateway: Gateway, directory: Directory, redis: Redis, backend: Backend
 ) -> None:
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await answer(send, 200, b"{}", [(b"x-tollgate-build", b"tiny-q8_0")])
+
+    backend.handlers["/v1/chat/completions"] = serve
     key = await directory.create_key()
     response = await gateway.http.post(
-        "/v1/chat/completions", content=b"0123456789", headers={**key.headers, "x-request-id": "usage-test-1"}
+        "/v1/chat/completions?secret=1", content=b"0123456789", headers={**key.headers, "x-request-id": "usage-test-1"}
     )
     async with asyncio.timeout(10):
         while not (events := await _events(redis, "usage-test-1")):
@@ -172,6 +178,8 @@ async def test_usage_events_say_who_and_how(
     assert (event["service"], event["route"], event["status"]) == ("chat", "/v1/chat/completions", 200)
     assert (event["bytes_in"], event["bytes_out"]) == (10, len(response.content))
     assert event["duration_ms"] > 0
+    assert (event["path"], event["build"]) == ("/v1/chat/completions", "tiny-q8_0")
+    assert "x-tollgate-build" not in response.headers
     assert key.secret not in str(event)
 
 

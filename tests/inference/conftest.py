@@ -4,9 +4,9 @@
               `plain` (4 slots) and `other` (another quantization, 2 slots); `calm` (a chunk
               in 30 ms); `narrow` (1 slot, a queue of 4, 2 of a
               tenant, small prefill batches); `churned` (4 slots, for requests that may never arrive); `moved`,
-              which is unloaded; `frail`, which tests kill.
+              which is unloaded; `frail`, which tests kill; `stuck`, whose engine falls silent when it is told to.
 `triton`      session; tritonserver on it, nothing loaded.
-`backend`     session; a client with the builds but `frail` loaded.
+`backend`     a client with the builds but `frail` and `stuck` loaded.
 """
 
 import asyncio
@@ -35,18 +35,39 @@ START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
 PR_SET_PDEATHSIG = 1
 
-BUILDS = {
+BUILDS: dict[str, tuple[str, dict[str, int | str]]] = {
     "plain": ("chat-mini-q8_0", {"slots": 4}),
     "other": ("chat-mini-q4_k_m", {"slots": 2}),
     "calm": ("chat-mini-q8_0", {"slots": 1, "chunk_interval_us": 30_000}),
     "narrow": ("chat-mini-q8_0", {"slots": 1, "queue_max": 4, "tenant_queue_max": 2, "batch_tokens": 8}),
-    "churned": ("chat-mini-q8_0", {"slots": 4}),
+    "churned": ("chat-mini-q8_0", {"slots": 4, "tenant_slots_max": 4}),
     "moved": ("chat-mini-q4_k_m", {"slots": 1}),
     "frail": ("chat-mini-q8_0", {"slots": 2}),
+    "stuck": ("chat-mini-q8_0", {"slots": 2, "engine": "falls-silent", "engine_silence_ms": 500}),
 }
+ON_DEMAND = ("frail", "stuck")
 
 
-def add_build(repository: Path, name: str, weights: str, parameters: dict[str, int]) -> None:
+STUCK = f"""
+import sys, time
+sys.path.append({str(ROOT)!r})
+from services.inference.backend import model
+from services.inference.backend.llamacpp import LlamaCpp
+
+class FallsSilent(LlamaCpp):
+    def generate(self, request, tenant, on_chunk, cancelled):
+        def say(chunk):
+            on_chunk(chunk)
+            while "fall silent" in str(request["messages"]) and chunk.usage.completion_tokens > 5:
+                time.sleep(60)
+        return super().generate(request, tenant, say, cancelled)
+
+model.ENGINES["falls-silent"] = FallsSilent
+TritonPythonModel = model.TritonPythonModel
+"""
+
+
+def add_build(repository: Path, name: str, weights: str, parameters: dict[str, int | str]) -> None:
     """A build that shares code and weights with one of triton_models."""
     folder = repository / name
     (folder / "1").mkdir(parents=True)
@@ -64,6 +85,9 @@ def repository(state_directory: Path) -> Path:
     path = state_directory / "triton_models"
     for name, (weights, parameters) in BUILDS.items():
         add_build(path, name, weights, parameters)
+    source = path / "stuck" / "1" / "model.py"
+    source.unlink()
+    source.write_text(STUCK)
     return path
 
 
@@ -173,8 +197,15 @@ def triton(state_directory: Path, repository: Path) -> Iterator[RunningTriton]:
 
 
 @pytest.fixture(scope="session")
-async def backend(triton: RunningTriton) -> AsyncIterator[BackendClient]:
+async def backend_client(triton: RunningTriton) -> AsyncIterator[BackendClient]:
     client = BackendClient(triton.grpc_address)
-    await asyncio.gather(*(client.load(name) for name in BUILDS if name != "frail"))
     yield client
     await client.close()
+
+
+@pytest.fixture
+async def backend(backend_client: BackendClient) -> BackendClient:
+    if not await backend_client.is_ready("plain"):  # the first test, or another one has killed the server
+        await asyncio.gather(*(backend_client.load(name) for name in BUILDS if name not in ON_DEMAND))
+        backend_client.sent.clear()
+    return backend_client

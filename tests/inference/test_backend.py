@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deploy.local import processes
 from tests.inference.client import BackendClient, ModelError, Stream, chat, count
 from tests.inference.conftest import RunningTriton
 
@@ -322,3 +323,46 @@ async def test_unloading_lets_a_stream_finish_and_loading_brings_the_build_back(
         await asyncio.sleep(0.02)
     await backend.load("moved")
     assert (await backend.send("moved", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
+
+
+async def test_a_probe_is_answered_with_and_without_a_free_slot(backend: BackendClient, triton: RunningTriton) -> None:
+    before = await idle(backend, triton, "narrow")
+    (free,) = await backend.send("narrow", {**chat("ping", tokens=1), "op": "probe"}).all()
+    assert set(free) == {"context_tokens", "slots", "slots_busy", "queue_depth", "silence_ms"}
+    assert (free["context_tokens"], free["slots"], free["silence_ms"]) == (1024, 1, 0)
+    running = await busy(backend, streams=2)
+    (taken,) = await backend.send("narrow", {**chat("ping", tokens=1), "op": "probe"}).all()
+    assert taken["slots_busy"] == 1
+    assert not any(stream.finished for stream in running)
+    await drain(running)
+    after = await idle(backend, triton, "narrow")
+    assert after["kv_tokens"] == before["kv_tokens"] == 0
+    assert after["kv_tokens_max"] == 1024
+
+
+async def test_one_slot_is_always_for_another_tenant(backend: BackendClient, triton: RunningTriton) -> None:
+    """`other` has two slots: a tenant that asks for both gets one."""
+    await idle(backend, triton, "other")
+    greedy = [backend.send("other", chat(tokens=LONG_TOKENS), tenant="greedy") for _ in range(3)]
+    await greedy[0].first(1)
+    modest = await backend.send("other", chat(tokens=3), tenant="modest").all()
+    assert modest[-1]["usage"]["completion_tokens"] == 3
+    assert not any(stream.finished for stream in greedy)
+    await drain(greedy)
+    await idle(backend, triton, "other")
+
+
+async def test_an_engine_that_falls_silent_ends_its_streams_and_its_process(
+    backend: BackendClient, triton: RunningTriton
+) -> None:
+    await backend.load("stuck")
+    stub = triton.stub("stuck")
+    healthy = backend.send("stuck", chat("hello", tokens=3), tenant="other")
+    assert (await healthy.all())[-1]["usage"]["completion_tokens"] == 3
+    stuck = backend.send("stuck", chat("fall silent", tokens=50))
+    waiting = backend.send("stuck", chat("hello", tokens=3))
+    chunks = await stuck.first(1)
+    assert chunks[0]["usage"]["completion_tokens"] > 0
+    assert await refusal(stuck.all()) == "engine_error"
+    assert await refusal(waiting.all()) == "engine_error"
+    await eventually(lambda: not processes.is_alive(stub), "the process lives on")

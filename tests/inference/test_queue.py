@@ -31,8 +31,10 @@ class Item:
     __hash__ = object.__hash__
 
 
-def queue_of(capacity: int = 100, tenant_capacity: int = 100, clock: Now | None = None) -> FairQueue[Item]:
-    return FairQueue(capacity, tenant_capacity, clock or Now())
+def queue_of(
+    capacity: int = 100, tenant_capacity: int = 100, clock: Now | None = None, tenant_hands: int = 100
+) -> FairQueue[Item]:
+    return FairQueue(capacity, tenant_capacity, tenant_hands, clock or Now())
 
 
 def put(queue: FairQueue[Item], name: str, priority: int = 2, tenant: str = "a", deadline: float | None = None) -> Item:
@@ -86,6 +88,33 @@ def test_a_newcomer_waits_for_one_request_of_a_busy_tenant_at_most() -> None:
     assert order.index("b0") <= 1
 
 
+def test_whoever_has_fewest_in_hand_is_next() -> None:
+    queue = queue_of()
+    for number in range(3):
+        put(queue, f"a{number}", tenant="a")
+    assert [queue.get().name for _ in range(2)] == ["a0", "a1"]  # type: ignore[union-attr]
+    put(queue, "b0", tenant="b")
+    put(queue, "b1", tenant="b")
+    assert names(queue) == ["b0", "b1", "a2"]
+
+
+def test_no_tenant_has_every_hand() -> None:
+    queue = queue_of(tenant_hands=2)
+    for number in range(3):
+        put(queue, f"a{number}", tenant="a")
+    assert [queue.get().name for _ in range(2)] == ["a0", "a1"]  # type: ignore[union-attr]
+    put(queue, "b0", tenant="b")
+    assert queue.get().name == "b0"  # type: ignore[union-attr]
+    got: list[Item | None] = []
+    third = threading.Thread(target=lambda: got.append(queue.get()))
+    third.start()
+    queue.done("b")
+    assert not got
+    queue.done("a")
+    third.join(JOIN_TIMEOUT_S)
+    assert [item.name for item in got if item] == ["a2"]
+
+
 def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     queue = queue_of(capacity=2, tenant_capacity=2)
     put(queue, "1")
@@ -102,7 +131,7 @@ def test_no_tenant_takes_more_than_its_share() -> None:
     with pytest.raises(QueueFull):
         put(queue, "a2", tenant="a")
     put(queue, "b0", tenant="b")
-    assert names(queue) == ["a1", "a0", "b0"]
+    assert names(queue) == ["a1", "b0", "a0"]
 
 
 def test_a_taken_place_is_free_again() -> None:

@@ -31,7 +31,7 @@ class HeldEngine:
         self.failure: Exception | None = None
         self.counted = 0
 
-    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> bool:
+    def generate(self, request: Mapping[str, Any], tenant: str, on_chunk: OnChunk, cancelled: Cancelled) -> bool:
         self.started.put(request)
         assert self.go.acquire(timeout=TIMEOUT_S)
         if self.failure is not None:

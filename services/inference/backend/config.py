@@ -9,10 +9,11 @@
 | threads | 0 = all cores | compute threads of the engine |
 | n_gpu_layers | 0 | layers on the GPU; -1 = all |
 | batch_tokens | 64 | prompt tokens computed at once; a cancel during prefill waits for one such batch |
-| prompt_cache_mib | 64 | memory for prompts of earlier requests |
 | queue_max, tenant_queue_max | 64, 32 | waiting requests, in all and of one tenant |
+| tenant_slots_max | slots - 1 | requests of one tenant generated at once: one slot is always for somebody else |
 | intake_max | 256 | requests that wait to be counted |
 | request_bytes_max | 2097152 | size of a body |
+| engine_silence_ms | 30000 | an engine that works on something and says nothing for so long is given up |
 | chunk_interval_us | 0 | least time between the chunks of a stream, after the first; tokens in between are joined |
 | completion_tokens_default | 0 = to the end of the context | when the body names no limit |
 """
@@ -34,11 +35,12 @@ class BackendConfig:
     threads: int
     n_gpu_layers: int
     batch_tokens: int
-    prompt_cache_mib: int
     queue_max: int
     tenant_queue_max: int
+    tenant_slots_max: int
     intake_max: int
     request_bytes_max: int
+    engine_silence_ms: int
     chunk_interval_us: int
     completion_tokens_default: int
 
@@ -60,21 +62,23 @@ class BackendConfig:
                 raise ValueError(f"{build}: parameter {name!r} is {value}, outside {least}..{most}")
             return value
 
+        slots = integer("slots", None, 1, 256)
         queue_max = integer("queue_max", 64, 1, 100_000)
         config = BackendConfig(
             build=build,
             weights=folder / parameters.get("weights", "model.gguf"),
             engine=parameters.get("engine", "llama.cpp"),
             context_tokens=integer("context_tokens", None, 16),
-            slots=integer("slots", None, 1, 256),
+            slots=slots,
             threads=integer("threads", 0, 0, 1024),
             n_gpu_layers=integer("n_gpu_layers", 0, -1, 10_000),
             batch_tokens=integer("batch_tokens", 64, 8, 65_536),
-            prompt_cache_mib=integer("prompt_cache_mib", 64, 0, 1 << 20),
             queue_max=queue_max,
             tenant_queue_max=integer("tenant_queue_max", max(1, queue_max // 2), 1, queue_max),
+            tenant_slots_max=integer("tenant_slots_max", max(1, slots - 1), 1, slots),
             intake_max=integer("intake_max", 256, 1, 100_000),
             request_bytes_max=integer("request_bytes_max", 2 << 20, 1024),
+            engine_silence_ms=integer("engine_silence_ms", 30_000, 100, 3_600_000),
             chunk_interval_us=integer("chunk_interval_us", 0, 0, 1_000_000),
             completion_tokens_default=integer("completion_tokens_default", 0, 0),
         )

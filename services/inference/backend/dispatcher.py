@@ -7,9 +7,14 @@ process (0.05 to 0.25 ms, most of it waiting for that process to run). So
 - a few callers are asked about in each poll, in turn, not every caller at every chunk: with up to CHECKS_RUNNING
   streams and chunks slower than POLL_S a cancel still lands within one chunk;
 - metrics are pushed a few times a second, and at once when there is nothing else to do.
+
+It is the watchdog too: an engine that works and says nothing for `engine_silence_s` will not say anything any more. Its
+requests get an error, and the process ends, since a thread inside an engine cannot be stopped and an unload would wait
+for it; whoever watches the build finds it dead and loads it again.
 """
 
 import heapq
+import os
 import queue
 import threading
 import time
@@ -20,7 +25,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from services.inference.backend.engine import Chunk
-from services.inference.backend.errors import BackendError, Code
+from services.inference.backend.errors import BackendError, Code, engine_hung
 from services.inference.backend.job import Job, StopReason
 from services.inference.backend.metrics import EngineMetrics
 from services.inference.backend.scheduler import End, Event, Piece, Reply, Scheduler
@@ -30,6 +35,7 @@ CHECKS_RUNNING = 6  # asked about in one poll; the others' turn comes in the nex
 CHECKS_WAITING = 2
 METRICS_PUSH_S = 0.2
 BATCH_MAX = 256
+EXIT_HUNG = 70
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _TRITON_CODES: dict[Code, str] = {  # names: Triton fills its module in after this one was imported
@@ -45,11 +51,12 @@ _TRITON_CODES: dict[Code, str] = {  # names: Triton fills its module in after th
 class Dispatcher:
     """Start it before the scheduler, close it after."""
 
-    def __init__(self, build: str, slots: int, chunk_interval_s: float) -> None:
+    def __init__(self, build: str, kv_tokens_max: int, chunk_interval_s: float, engine_silence_s: float) -> None:
         self._events: queue.SimpleQueue[Event | Job | None] = queue.SimpleQueue()
         self._build = build
-        self._slots = slots
+        self._kv_tokens_max = kv_tokens_max
         self._chunk_interval_s = chunk_interval_s
+        self._engine_silence_s = engine_silence_s
         self._jobs: set[Job] = set()
         self._ready: list[Job] = []  # with chunks to send
         self._open = True
@@ -76,7 +83,9 @@ class Dispatcher:
 
     def _run(self) -> None:
         self._metrics = EngineMetrics(self._build)
-        self._metrics.set("slots", self._slots)
+        assert self._scheduler is not None
+        self._metrics.set("slots", self._scheduler.slots)
+        self._metrics.set("kv_tokens_max", self._kv_tokens_max)
         self._push_metrics()
         next_poll = next_push = 0.0
         while self._open:
@@ -190,6 +199,9 @@ class Dispatcher:
     def _poll(self, now: float) -> None:
         """Stop the jobs whose caller is gone or whose deadline has passed."""
         assert self._scheduler is not None
+        silence_s = self._scheduler.silence_s
+        if silence_s > self._engine_silence_s:
+            self._give_up(silence_s)
         self._scheduler.expire()
         going = [job for job in self._jobs if job.stop is None]
         for job in going:
@@ -204,6 +216,14 @@ class Dispatcher:
                 if job.stop is None and job.sender.is_cancelled():
                     self._stop(job, "cancelled")
 
+    def _give_up(self, silence_s: float) -> None:
+        """Never returns."""
+        for job in list(self._jobs):
+            self._end(job, engine_hung(silence_s), None)
+        self._push_metrics()
+        pb_utils.Logger.log_error(f"{self._build}: the engine was silent for {silence_s:.1f} s; its process ends")
+        os._exit(EXIT_HUNG)
+
     def _stop(self, job: Job, reason: StopReason) -> None:
         assert self._scheduler is not None
         job.stop = reason
@@ -213,6 +233,8 @@ class Dispatcher:
         assert self._scheduler is not None
         self._metrics.set("queue_depth", self._scheduler.queue_depth)
         self._metrics.set("slots_busy", self._scheduler.busy_slots)
+        held = sum(job.usage.prompt_tokens + job.usage.completion_tokens for job in self._jobs)
+        self._metrics.set("kv_tokens", held)
         self._metrics.push()
 
 

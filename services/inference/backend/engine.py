@@ -46,7 +46,8 @@ OnChunk = Callable[[Chunk], None]
 """Takes the chunks of one request, in order."""
 
 Cancelled = Callable[[], bool]
-"""True once nobody wants the rest. Engines ask at least once a chunk and once a prefill batch."""
+"""True once nobody wants the rest. Engines ask at least once a chunk and once a prefill batch; one that asks no more
+is taken for hung (`engine_silence_ms`)."""
 
 
 class Engine(Protocol):
@@ -60,8 +61,11 @@ class Engine(Protocol):
     def slots(self) -> int:
         """Requests that are generated at the same time."""
 
-    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> bool:
+    def generate(self, request: Mapping[str, Any], tenant: str, on_chunk: OnChunk, cancelled: Cancelled) -> bool:
         """Generate until the model stops or a limit of the request is reached: True; or until `cancelled()`: False.
+
+        What is computed for one tenant never serves another: a shared prompt cache tells, by its speed and by
+        `cached_tokens`, what others have asked. No text of the request becomes a control token.
 
         Raises BackendError (invalid_request, context_length_exceeded, engine_error).
         """

@@ -52,3 +52,7 @@ def context_length_exceeded(prompt_tokens: int, context_tokens: int) -> BackendE
 
 def engine_failed(detail: str) -> BackendError:
     return BackendError("engine_error", "The engine failed while serving the request.", detail)
+
+
+def engine_hung(silence_s: float) -> BackendError:
+    return BackendError("engine_error", "The engine stopped answering.", f"silent for {silence_s:.1f} s")

@@ -10,6 +10,9 @@ What it has to know about this engine
 - `timings` with `timings_per_token`: `prompt_n` counts only what was computed now, `cache_n` what came
   from the prompt cache; their sum is the prompt. The first chunk (the role) has none; it comes together with the
   first token's.
+- Each slot keeps the prompt it computed last, and would give it to whoever comes next: `id_slot` and `cache_prompt`
+  put that under our control (slots.py). The engine's own cache of prompts in memory knows no tenants: it is off.
+- It tokenizes the rendered prompt with control tokens on (control.py).
 - Exceptions in a callback are swallowed, so they are kept and raised here.
 - Errors of the request arrive as exceptions before generation, or as one `{"error"}` chunk.
 """
@@ -25,13 +28,17 @@ from typing import Any
 
 import xllamacpp
 
+from services.inference.backend import gguf
 from services.inference.backend.config import BackendConfig
+from services.inference.backend.control import ControlTexts
 from services.inference.backend.engine import Cancelled, Chunk, OnChunk, Usage
 from services.inference.backend.errors import BackendError, context_length_exceeded, engine_failed
+from services.inference.backend.slots import SlotTable, fingerprint
 
 COUNT_TIMEOUT_S = 10.0
 HTTP_THREADS = 2
 MESSAGE_CHARACTERS_MAX = 200
+CHECKPOINTS_MAX = 4  # of a slot, for models with a sliding window, in memory
 
 # What of an OpenAI body reaches the engine. Its private fields (slots, grammars, adapters) stay out.
 FORWARDED = (
@@ -54,6 +61,9 @@ FORWARDED = (
     "ignore_eos",
 )
 
+# What of it the template renders into the prompt.
+RENDERED = ("messages", "tools")
+
 # Unescaped quotes cannot occur inside a JSON string, so these match members and never model output.
 _TIMINGS = ',"timings":{'
 _PROGRESS = '"prompt_progress":{'
@@ -69,7 +79,9 @@ class LlamaCpp:
     """Implements `engine.Engine`."""
 
     def __init__(self, config: BackendConfig) -> None:
-        """Load the model. Raises RuntimeError when the engine cannot."""
+        """Load the model. Raises GgufInvalid, RuntimeError when the engine cannot."""
+        self._control = ControlTexts.of_vocabulary(gguf.read_head(config.weights).metadata)
+        self._table = SlotTable(config.slots)
         self._context_tokens = config.context_tokens
         self._slots = config.slots
         self._completion_tokens_default = config.completion_tokens_default or config.context_tokens
@@ -89,7 +101,7 @@ class LlamaCpp:
     def slots(self) -> int:
         return self._slots
 
-    def generate(self, request: Mapping[str, Any], on_chunk: OnChunk, cancelled: Cancelled) -> bool:
+    def generate(self, request: Mapping[str, Any], tenant: str, on_chunk: OnChunk, cancelled: Cancelled) -> bool:
         alias = request.get("model")
         names = (
             f'"model":{json.dumps(alias if isinstance(alias, str) else self._build)},'
@@ -98,12 +110,16 @@ class LlamaCpp:
         stream = _Stream(on_chunk, cancelled, names)
         body = self._forwarded(request)
         body.update(stream=True, timings_per_token=True, return_progress=True)
+        lease = self._table.claim(tenant, fingerprint(body))
+        body.update(id_slot=lease.slot, cache_prompt=lease.may_reuse)
         try:
             self._server.handle_chat_completions(json.dumps(body), stream)
         except (ValueError, TypeError) as error:
             raise BackendError("invalid_request", _sentence(str(error)), repr(error)) from error
         except RuntimeError as error:
             raise engine_failed(repr(error)) from error
+        finally:
+            self._table.give_back(lease)
         if stream.failure is not None:
             raise stream.failure
         return not stream.stopped
@@ -122,6 +138,9 @@ class LlamaCpp:
             if _has_other_than_text(message.get("content")):
                 raise BackendError("invalid_request", "This model takes text only.")
         body = {name: request[name] for name in FORWARDED if request.get(name) is not None}
+        for name in RENDERED:
+            if name in body:
+                body[name] = self._control.neutral(body[name])
         limit = request.get("max_completion_tokens") or request.get("max_tokens")
         body["max_tokens"] = min(limit or self._completion_tokens_default, self._context_tokens)
         return body
@@ -231,7 +250,10 @@ def _parameters(config: BackendConfig, key: str) -> Any:
     parameters.n_gpu_layers = config.n_gpu_layers
     parameters.n_batch = config.batch_tokens
     parameters.n_ubatch = config.batch_tokens
-    parameters.cache_ram_mib = config.prompt_cache_mib
+    parameters.cache_ram_mib = 0
+    parameters.cache_idle_slots = False
+    parameters.n_ctx_checkpoints = CHECKPOINTS_MAX
+    parameters.fit_params = False
     parameters.warmup = False
     parameters.verbosity = -1
     parameters.hostnames = ["127.0.0.1"]

@@ -16,6 +16,8 @@ GAUGES = {
     "queue_depth": "Requests that wait for a slot",
     "slots": "Requests that the engine can generate at once",
     "slots_busy": "Requests that are being generated",
+    "kv_tokens": "Tokens that the requests being generated hold in the KV cache",
+    "kv_tokens_max": "Tokens that the KV cache has room for",
 }
 COUNTERS = {
     "requests_total": "Requests that ended, however they ended",

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from services.inference.backend.scheduler import Scheduler
 
 PRIORITY_DEFAULT = 2
 TENANT_CHARACTERS_MAX = 64
+MILLISECONDS = 1_000
 MICROSECONDS = 1_000_000
 
-ENGINES = {"llama.cpp": LlamaCpp}
+ENGINES: dict[str, Callable[[BackendConfig], Engine]] = {"llama.cpp": LlamaCpp}
 
 
 class TritonPythonModel:
@@ -35,7 +37,12 @@ class TritonPythonModel:
         if config.engine not in ENGINES:
             raise ValueError(f"{build}: unknown engine {config.engine!r}; known: {', '.join(ENGINES)}")
         self._engine: Engine = ENGINES[config.engine](config)
-        self._dispatcher = Dispatcher(build, self._engine.slots, config.chunk_interval_us / MICROSECONDS)
+        self._dispatcher = Dispatcher(
+            build,
+            kv_tokens_max=self._engine.slots * self._engine.context_tokens,
+            chunk_interval_s=config.chunk_interval_us / MICROSECONDS,
+            engine_silence_s=config.engine_silence_ms / MILLISECONDS,
+        )
         self._scheduler = Scheduler(self._engine, config, self._dispatcher.post, time.monotonic)
         self._dispatcher.start(self._scheduler)
         self._scheduler.start()

@@ -1,11 +1,12 @@
 """A bounded queue with priorities, fairness between tenants, and deadlines.
 
-Order: the smallest priority first; inside a priority the tenants take turns (round robin); inside a
-tenant first come, first served. So a tenant with a thousand waiting requests delays another tenant's
-first one by one request, not by a thousand.
+Order: the smallest priority first; inside a priority the tenant that has the fewest items in hand, equals
+in turn (round robin); inside a tenant first come, first served. So a tenant with a thousand waiting
+requests delays another tenant's first one by one request, not by a thousand.
 
 Bounds: `capacity` entries in all and `tenant_capacity` of one tenant, so that no tenant can fill the
-queue for the others. Expired entries are never handed out by `get`; `expire` returns them.
+queue for the others; `tenant_hands` items of one tenant in hand at a time (from `get` to `done`), so that
+none can have every server either. Expired entries are never handed out by `get`; `expire` returns them.
 
 Every method is safe to call from any thread; `get` alone blocks.
 """
@@ -39,15 +40,18 @@ class _Entry(Generic[T]):
 class FairQueue(Generic[T]):
     """See the module. Items are compared by identity. `clock` gives seconds, monotonic."""
 
-    def __init__(self, capacity: int, tenant_capacity: int, clock: Callable[[], float]) -> None:
+    def __init__(self, capacity: int, tenant_capacity: int, tenant_hands: int, clock: Callable[[], float]) -> None:
         assert 1 <= tenant_capacity <= capacity
+        assert tenant_hands >= 1
         self._capacity = capacity
         self._tenant_capacity = tenant_capacity
+        self._tenant_hands = tenant_hands
         self._clock = clock
         self._changed = threading.Condition()
         self._turns: dict[int, OrderedDict[str, deque[_Entry[T]]]] = {}
         self._entries: dict[int, _Entry[T]] = {}
         self._of_tenant: dict[str, int] = {}
+        self._in_hand: dict[str, int] = {}
         self._earliest_deadline = math.inf  # never later than the earliest waiting one
         self._closed = False
 
@@ -71,14 +75,28 @@ class FairQueue(Generic[T]):
             self._changed.notify()
 
     def get(self) -> T | None:
-        """The next item that has not expired; blocks while there is none; None once closed."""
+        """The next item that has not expired; blocks while there is none; None once closed.
+
+        Its tenant has one more in hand until somebody says `done`.
+        """
         with self._changed:
             while not self._closed:
                 entry = self._pop()
                 if entry is not None:
+                    self._in_hand[entry.tenant] = self._in_hand.get(entry.tenant, 0) + 1
                     return entry.item
                 self._changed.wait()
             return None
+
+    def done(self, tenant: str) -> None:
+        """An item of the tenant that `get` gave out is finished."""
+        with self._changed:
+            left = self._in_hand[tenant] - 1
+            if left:
+                self._in_hand[tenant] = left
+            else:
+                del self._in_hand[tenant]
+            self._changed.notify()
 
     def remove(self, item: T) -> bool:
         """Take out a waiting item; False when it is not waiting (any more)."""
@@ -120,7 +138,9 @@ class FairQueue(Generic[T]):
         now: float | None = None
         for priority in sorted(self._turns):
             turns = self._turns[priority]
-            for tenant in list(turns):
+            for tenant in sorted(turns, key=self._hands):  # stable: equals keep their turns
+                if self._hands(tenant) >= self._tenant_hands:
+                    break
                 for entry in turns[tenant]:
                     if entry.deadline is not None:
                         now = self._clock() if now is None else now
@@ -131,6 +151,9 @@ class FairQueue(Generic[T]):
                     self._forget(entry)
                     return entry
         return None
+
+    def _hands(self, tenant: str) -> int:
+        return self._in_hand.get(tenant, 0)
 
     def _forget(self, entry: _Entry[T]) -> None:
         del self._entries[id(entry.item)]

@@ -1,11 +1,12 @@
 """The REQUEST tensor's JSON, checked as far as every engine needs it."""
 
 import json
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from services.inference.backend.errors import BackendError
 
-Op = Literal["chat", "count"]
+Op = Literal["chat", "count", "probe"]
+OPS: tuple[Op, ...] = get_args(Op)
 
 
 class ParsedRequest(NamedTuple):
@@ -30,8 +31,8 @@ def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
     if not isinstance(body, dict):
         raise invalid("The request must be a JSON object.")
     op = body.pop("op", "chat")
-    if op not in ("chat", "count"):
-        raise invalid("`op` must be `chat` or `count`.")
+    if op not in OPS:
+        raise invalid(f"`op` must be one of {', '.join(OPS)}.")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise invalid("`messages` must be a non-empty array of objects.")

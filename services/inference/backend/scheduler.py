@@ -1,11 +1,15 @@
 """Intake, queue and workers: everything between `execute` and the dispatcher, free of Triton.
 
-A job ends exactly once, by one event: Reply (op count), or End after any number of Piece. Whoever has the
+A job ends exactly once, by one event: Reply (op count, op probe), or End after any number of Piece. Whoever has the
 job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
 worker otherwise.
 
 Intake runs in the caller's thread and never blocks; only what has to be counted goes through the counting
 thread, which waits for the engine's tokenizer.
+
+Whether the engine lives is seen from its work: `silence_s` is how long an engine that has something to do has said
+nothing, neither a chunk nor a prefill batch. A probe is answered at once while the engine works, and otherwise makes
+it generate one token.
 """
 
 import queue
@@ -64,11 +68,24 @@ class Scheduler:
         self._post = post
         self._clock = clock
         self._uncounted: queue.Queue[Job | None] = queue.Queue(config.intake_max)
-        self._queue: FairQueue[Job] = FairQueue(config.queue_max, config.tenant_queue_max, clock)
+        self._queue: FairQueue[Job] = FairQueue(
+            config.queue_max, config.tenant_queue_max, config.tenant_slots_max, clock
+        )
         self._threads = [threading.Thread(target=self._count, name="count")]
         self._threads += [threading.Thread(target=self._work, name=f"slot-{number}") for number in range(engine.slots)]
         self.busy_slots = 0
         self._busy_lock = threading.Lock()
+        self._heard_at = 0.0
+
+    @property
+    def silence_s(self) -> float:
+        """Since the engine last said anything; 0 while it has nothing to do."""
+        return self._clock() - self._heard_at if self.busy_slots else 0.0
+
+    @property
+    def slots(self) -> int:
+        """Requests that are generated at the same time."""
+        return self._engine.slots
 
     @property
     def queue_depth(self) -> int:
@@ -113,8 +130,11 @@ class Scheduler:
         size = len(job.body)
         job.op, job.request = request.parse(job.body, self._config.request_bytes_max)
         job.body = b""
+        if job.op == "probe" and self.busy_slots:
+            self._post(Reply(job, self._status()))
+            return
         # A token takes a byte at least, and half the context is room for any template: short prompts fit.
-        if job.op == "chat" and size <= self._engine.context_tokens // 2:
+        if job.op != "count" and size <= self._engine.context_tokens // 2:
             self._enqueue(job)
             return
         try:
@@ -152,19 +172,44 @@ class Scheduler:
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             with self._busy_lock:
+                if not self.busy_slots:
+                    self._heard_at = self._clock()
                 self.busy_slots += 1
             error = self._generate(job)
             with self._busy_lock:
                 self.busy_slots -= 1
-            self._post(End(job, error))
+            self._queue.done(job.tenant)
+            if job.op == "probe" and error is None:
+                self._post(Reply(job, self._status()))
+            else:
+                self._post(End(job, error))
+
+    def _status(self) -> bytes:
+        """The answer to a probe."""
+        return b'{"context_tokens":%d,"slots":%d,"slots_busy":%d,"queue_depth":%d,"silence_ms":%d}' % (
+            self._engine.context_tokens,
+            self._engine.slots,
+            self.busy_slots,
+            self.queue_depth,
+            int(self.silence_s * 1000),
+        )
 
     def _generate(self, job: Job) -> BackendError | None:
         """Run the engine for one job; the error that ends it, if any."""
         job.started_at = self._clock()
         if job.is_stopped():
             return job.stop_error()
+
+        def on_chunk(chunk: Chunk) -> None:
+            if job.op == "chat":
+                self._post(Piece(job, chunk))
+
+        def is_stopped() -> bool:
+            self._heard_at = self._clock()
+            return job.is_stopped()
+
         try:
-            complete = self._engine.generate(job.request, lambda chunk: self._post(Piece(job, chunk)), job.is_stopped)
+            complete = self._engine.generate(job.request, job.tenant, on_chunk, is_stopped)
         except BackendError as error:
             return error
         except Exception as error:  # noqa: BLE001 - one bad request must not end the slot

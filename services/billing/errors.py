@@ -28,6 +28,13 @@ class CreditsReserved(PaymentRequired):
     default_message = "The wallet's credits are reserved by requests in flight. Retry when they have finished."
 
 
+class BudgetExceeded(PaymentRequired):
+    """The key, or the member, would spend more in the day or the month than its budget allows."""
+
+    default_code = "budget_exceeded"
+    default_message = "This would exceed the budget of this key or member. Raise the budget, or lower max_tokens."
+
+
 class WalletFrozen(PermissionDenied):
     default_code = "wallet_frozen"
     default_message = "This wallet is frozen. Ask the operator."
@@ -51,6 +58,16 @@ class HoldResolved(Conflict):
 class HoldNotExpired(Conflict):
     default_code = "hold_not_expired"
     default_message = "This hold has not expired yet."
+
+
+class NothingToRefund(NotFound):
+    default_code = "nothing_to_refund"
+    default_message = "Nothing was taken from this wallet under that id, or all of it was refunded."
+
+
+class RefundTooLarge(Unprocessable):
+    default_code = "refund_too_large"
+    default_message = "A refund is not more than what was taken, less earlier refunds."
 
 
 class IdempotencyMismatch(Unprocessable):
@@ -90,9 +107,11 @@ REFUSALS: dict[str, type[TollgateError]] = {
     for cls in (
         InsufficientCredits,
         CreditsReserved,
+        BudgetExceeded,
         WalletFrozen,
         ModelNotPriced,
         HoldResolved,
+        RefundTooLarge,
         IdempotencyMismatch,
         AmountTooLarge,
         ExpiryInPast,

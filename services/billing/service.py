@@ -12,7 +12,8 @@ import asyncpg
 
 from services.billing.domain import Price, PriceTerms, WalletView, customer_classes
 from services.billing.errors import IdempotencyMismatch, PriceOverlap
-from services.billing.ledger.operations import GrantCredits, Granted, OpenWallet
+from services.billing.ledger.operations import GrantCredits, OpenWallet
+from services.billing.ledger.results import Granted
 from services.billing.ledger.writer import GRANT_PRIORITY, Ledger
 from services.billing.repository import history
 from services.billing.repository import ledger as ledger_repository
@@ -46,11 +47,14 @@ class Billing:
         self._database = database
         self._ledger = ledger
 
-    async def wallet(self, org_id: UUID) -> WalletView:
-        """The organisation's wallet, opened when this is the first look at it."""
+    async def wallet(self, org_id: UUID, user_id: UUID | None = None) -> WalletView:
+        """The organisation's wallet, opened when this is the first look at it.
+
+        A person who has had no sign-up credits yet gets them here, unless this wallet has somebody's.
+        """
         view = await history.wallet(self._database, org_id)
-        if view is None:
-            await self._ledger.apply(OpenWallet(org_id))
+        if view is None or (user_id is not None and await history.lacks_signup(self._database, org_id, user_id)):
+            await self._ledger.submit(OpenWallet(org_id, user_id))
             view = await history.wallet(self._database, org_id)
             assert view is not None, "an opened wallet is there"
         return view
@@ -93,9 +97,9 @@ class Billing:
             expires_at=expires_at,
             idempotency_tenant=author.tenant,
             idempotency_key=author.key,
-            granted_by=author.actor,
+            author=author.actor,
         )
-        granted = await self._ledger.apply(operation)
+        granted = await self._ledger.submit(operation)
         assert isinstance(granted, Granted)
         return granted
 

@@ -9,7 +9,8 @@ from uuid import UUID
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.billing.domain import Price, Usage
-from services.billing.ledger.operations import Extended, Heartbeat, Held, PlaceHold, Settle, Settled, Void, Voided
+from services.billing.ledger.operations import Heartbeat, PlaceHold, Settle, Void
+from services.billing.ledger.results import Extended, Held, Settled, Voided
 from services.billing.ledger.writer import Ledger
 from services.billing.service import Prices
 from shared.errors import InvalidRequest
@@ -43,7 +44,7 @@ class Servicer(LedgerServicer):
             ttl_ms=_ttl_ms(request.ttl_ms),
             request_id=_text(request.request_id, "request_id"),
         )
-        held = await self._ledger.apply(operation)
+        held = await self._ledger.submit(operation)
         assert isinstance(held, Held)
         return pb.HoldReply(
             hold_id=str(held.hold_id),
@@ -61,7 +62,7 @@ class Servicer(LedgerServicer):
             usage=_usage(request.usage),
             ttl_ms=_ttl_ms(request.ttl_ms),
         )
-        extended = await self._ledger.apply(operation)
+        extended = await self._ledger.submit(operation)
         assert isinstance(extended, Extended)
         return pb.HeartbeatReply(expires_at=_timestamp(extended.expires_at))
 
@@ -76,7 +77,7 @@ class Servicer(LedgerServicer):
             finish_reason=_text(request.finish_reason, "finish_reason"),
             duration_ms=request.duration_ms,
         )
-        settled = await self._ledger.apply(operation)
+        settled = await self._ledger.submit(operation)
         assert isinstance(settled, Settled)
         return pb.SettleReply(
             cost_nano=settled.cost,
@@ -91,7 +92,7 @@ class Servicer(LedgerServicer):
             hold_id=_hold_id(request.hold_id),
             reason=_text(request.reason, "reason"),
         )
-        voided = await self._ledger.apply(operation)
+        voided = await self._ledger.submit(operation)
         assert isinstance(voided, Voided)
         return pb.VoidReply(released_nano=voided.released)
 

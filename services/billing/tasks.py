@@ -72,7 +72,7 @@ class Sweeper:
         done = 0
         for operation in operations:
             try:
-                await self._ledger.apply(operation)
+                await self._ledger.submit(operation)
             except Conflict:
                 continue  # a settlement or a heartbeat was first
             except TollgateError as e:

@@ -23,7 +23,8 @@ from pydantic import SecretStr
 from services.billing.app import build
 from services.billing.cli import migrate_urls
 from services.billing.domain import DEFAULT_CLASS, PriceTerms, Usage, WalletView
-from services.billing.ledger.operations import GrantCredits, Heartbeat, Held, PlaceHold, Settle
+from services.billing.ledger.operations import GrantCredits, Heartbeat, PlaceHold, Settle
+from services.billing.ledger.results import Held
 from services.billing.ledger.writer import Writer, WriterLimits
 from services.billing.repository import history
 from services.billing.repository.database import Database, DatabaseLimits
@@ -79,7 +80,7 @@ class Ledger:
         return view
 
     async def held(self, org_id: UUID, output_tokens: int, **changes: Any) -> Held:
-        result = await self.writer.apply(place(org_id, output_tokens, **changes))
+        result = await self.writer.submit(place(org_id, output_tokens, **changes))
         assert isinstance(result, Held)
         return result
 
@@ -130,7 +131,7 @@ def grant(org_id: UUID, amount: int, **changes: Any) -> GrantCredits:
         "expires_at": None,
         "idempotency_tenant": org_id,
         "idempotency_key": f"key:{uuid4()}",
-        "granted_by": "user:test",
+        "author": "user:test",
     }
     return GrantCredits(**{**values, **changes})
 

@@ -9,7 +9,8 @@ from services.billing.domain import DEFAULT_CLASS, Price, PriceTerms
 from services.billing.errors import IdempotencyMismatch
 from services.billing.ledger import kernel
 from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
-from services.billing.ledger.operations import Operation, Result
+from services.billing.ledger.operations import Operation
+from services.billing.ledger.results import Result
 from shared.errors import TollgateError
 from shared.ids import uuid7
 

@@ -12,7 +12,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from services.billing.ledger.operations import Held, Operation, Result, Settled
+from services.billing.ledger.operations import Operation
+from services.billing.ledger.results import Held, Result, Settled
 from shared.errors import TollgateError
 from shared.metering import Metering, MeteringLimits, Usage
 from tests.billing.gate import Gate, gate_to
@@ -100,7 +101,7 @@ async def test_kill_9_of_the_service_under_load_neither_loses_nor_doubles_a_cred
     metering = Metering(chat, limits=limits)
     load = Load(metering, org_id)
     async with ledger_on(owner_url) as ledger:
-        await ledger.writer.apply(grant(org_id, CREDITS))
+        await ledger.writer.submit(grant(org_id, CREDITS))
         workers: list[asyncio.Task[None]] = []
         for kill in range(KILLS + 1):
             with service_process(owner_url, http_port, grpc_port) as process:
@@ -139,7 +140,7 @@ async def test_a_commit_whose_acknowledgement_is_lost_is_applied_once(owner_url:
         gate.lose_answer(b"COMMIT")
         held = await ledger.held(org_id, 100)
         gate.lose_answer(b"COMMIT")
-        settled = await ledger.writer.apply(settle(org_id, held.hold_id, 60))
+        settled = await ledger.writer.submit(settle(org_id, held.hold_id, 60))
         assert isinstance(settled, Settled)
         assert gate.lost == 2
         wallet = await ledger.wallet(org_id)
@@ -154,10 +155,10 @@ async def test_a_database_that_goes_away_and_comes_back_costs_only_time(owner_ur
         first = await ledger.held(org_id, 100)
         gate.shut()
         with pytest.raises(TollgateError) as refused:
-            await ledger.writer.apply(place(org_id, 100))
+            await ledger.writer.submit(place(org_id, 100))
         assert (refused.value.status, refused.value.code) == (503, "billing_unavailable")
         gate.open()
-        assert isinstance(await ledger.writer.apply(settle(org_id, first.hold_id, 5)), Settled)
+        assert isinstance(await ledger.writer.submit(settle(org_id, first.hold_id, 5)), Settled)
         assert (await ledger.wallet(org_id)).held == 0
         await ledger.verified()
 
@@ -198,7 +199,7 @@ async def stubborn(ledger: Ledger, operation: Operation) -> Result:
     """As a client: the same operation again until it is answered."""
     while True:
         try:
-            return await ledger.writer.apply(operation)
+            return await ledger.writer.submit(operation)
         except TollgateError as e:
             if e.code != "billing_unavailable":
                 raise

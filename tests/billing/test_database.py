@@ -35,7 +35,7 @@ async def test_an_operation_outlasts_a_server_that_cannot_write_for_a_moment(
     connection = await owner(ledger.owner_url)
     await connection.execute(FAULT.format(code=code))
     try:
-        await ledger.writer.apply(settle(org_id, held.hold_id, 40))
+        await ledger.writer.submit(settle(org_id, held.hold_id, 40))
     finally:
         await connection.execute(REPAIR)
         await connection.close()

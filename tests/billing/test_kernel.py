@@ -25,17 +25,14 @@ from services.billing.ledger.book import Rows
 from services.billing.ledger.operations import (
     ExpireGrant,
     ExpireHold,
-    Extended,
     GrantCredits,
     Heartbeat,
-    Held,
     Operation,
     PlaceHold,
-    Result,
     Settle,
-    Settled,
     Void,
 )
+from services.billing.ledger.results import Extended, Held, Result, Settled
 from shared.errors import TollgateError
 from shared.ids import uuid7
 from tests.billing.memory import MODEL, MemoryLedger
@@ -52,7 +49,7 @@ SEED = 20_260_101
 
 def grant(amount: int, *, expires_at: datetime | None = None, priority: int = 100) -> GrantCredits:
     return GrantCredits(
-        WALLET, uuid7(), amount, "manual", "test", priority, expires_at, WALLET, f"key:{uuid7()}", "user:test"
+        WALLET, WALLET, f"key:{uuid7()}", "user:test", uuid7(), amount, "manual", "test", priority, expires_at
     )
 
 

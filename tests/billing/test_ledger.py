@@ -11,19 +11,16 @@ from uuid import UUID, uuid4
 import pytest
 
 from services.billing.domain import Usage
-from services.billing.errors import CreditsReserved, HoldNotFound, HoldResolved, IdempotencyMismatch, WalletFrozen
-from services.billing.ledger.operations import (
-    ExpireGrant,
-    ExpireHold,
-    Extended,
-    Granted,
-    Held,
-    OpenWallet,
-    Operation,
-    Settled,
-    Void,
-    Voided,
+from services.billing.errors import (
+    CreditsReserved,
+    HoldNotFound,
+    HoldResolved,
+    IdempotencyMismatch,
+    InsufficientCredits,
+    WalletFrozen,
 )
+from services.billing.ledger.operations import ExpireGrant, ExpireHold, OpenWallet, Operation, Void
+from services.billing.ledger.results import Extended, Granted, Held, Settled, Voided
 from services.billing.ledger.writer import Writer, WriterLimits
 from shared.errors import TollgateError
 from shared.ids import uuid7
@@ -35,7 +32,7 @@ SEED = 11
 
 async def outcomes(ledger: Ledger, *operations: Operation) -> list[Any]:
     """All at once; results and refusals in order."""
-    answers = await asyncio.gather(*(ledger.writer.apply(op) for op in operations), return_exceptions=True)
+    answers = await asyncio.gather(*(ledger.writer.submit(op) for op in operations), return_exceptions=True)
     assert all(isinstance(a, TollgateError) for a in answers if isinstance(a, BaseException)), answers
     return answers
 
@@ -48,20 +45,37 @@ async def count(ledger: Ledger, query: str, *arguments: object) -> int:
 async def test_a_wallet_is_opened_once_with_its_signup_grant_however_many_come_first(
     ledger: Ledger, org_id: UUID
 ) -> None:
-    operations: list[Operation] = [OpenWallet(org_id) for _ in range(5)]
-    operations += [place(org_id, 10) for _ in range(10)]
+    person = uuid4()
+    operations: list[Operation] = [OpenWallet(org_id, person) for _ in range(5)]
+    operations += [place(org_id, 10, user_id=person) for _ in range(10)]
     answers = await outcomes(ledger, *operations)
     assert sum(isinstance(a, Held) for a in answers) == 10
     wallet = await ledger.wallet(org_id)
     assert (wallet.balance, wallet.held, wallet.available) == (SIGNUP_NANO, 100, SIGNUP_NANO - 100)
-    assert await count(ledger, "SELECT count(*) FROM billing.op WHERE idem_key = $1", f"signup:{org_id}") == 1
+    assert await count(ledger, "SELECT count(*) FROM billing.op WHERE idem_key = $1", f"signup:{person}") == 1
     await ledger.verified()
+
+
+async def test_a_person_gets_signup_credits_once_whatever_wallets_they_open(ledger: Ledger) -> None:
+    person, wallets = uuid4(), [uuid4() for _ in range(6)]
+    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(2)]
+    await asyncio.gather(*(writers[n % 2].submit(OpenWallet(wallet, person)) for n, wallet in enumerate(wallets)))
+    assert sum([(await ledger.wallet(wallet)).granted for wallet in wallets]) == SIGNUP_NANO
+    with pytest.raises(InsufficientCredits):
+        await ledger.held(uuid4(), 1, user_id=person)
+    await ledger.verified()
+
+
+async def test_a_wallet_that_nobody_has_opened_in_person_has_no_signup_credits(ledger: Ledger, org_id: UUID) -> None:
+    await ledger.writer.submit(grant(org_id, 7))
+    await ledger.writer.submit(OpenWallet(org_id))
+    assert (await ledger.wallet(org_id)).granted == 7
 
 
 async def test_a_request_is_charged_exactly_what_it_used(ledger: Ledger, org_id: UUID) -> None:
     held = await ledger.held(org_id, 400)
     assert (held.amount, held.available) == (400, SIGNUP_NANO - 400)
-    settled = await ledger.writer.apply(settle(org_id, held.hold_id, 123))
+    settled = await ledger.writer.submit(settle(org_id, held.hold_id, 123))
     assert settled == Settled(cost=123, settled=123, receivable=0, available=SIGNUP_NANO - 123)
     wallet = await ledger.wallet(org_id)
     assert (wallet.balance, wallet.held, wallet.spent) == (SIGNUP_NANO - 123, 0, 123)
@@ -77,13 +91,13 @@ async def test_a_request_is_charged_exactly_what_it_used(ledger: Ledger, org_id:
 
 async def test_the_same_operation_again_gets_the_stored_answer(ledger: Ledger, org_id: UUID) -> None:
     placed = place(org_id, 100)
-    first = await ledger.writer.apply(placed)
+    first = await ledger.writer.submit(placed)
     assert isinstance(first, Held)
-    assert await ledger.writer.apply(placed) == first
+    assert await ledger.writer.submit(placed) == first
     posted = settle(org_id, first.hold_id, 40)
-    receipt = await ledger.writer.apply(posted)
-    assert await ledger.writer.apply(posted) == receipt
-    assert await ledger.writer.apply(placed) == first
+    receipt = await ledger.writer.submit(posted)
+    assert await ledger.writer.submit(posted) == receipt
+    assert await ledger.writer.submit(placed) == first
     assert (await ledger.wallet(org_id)).spent == 40
 
 
@@ -91,19 +105,19 @@ async def test_a_refusal_is_remembered_even_when_credits_have_come_since(ledger:
     too_much = place(org_id, SIGNUP_NANO + 1)
     for _ in range(2):
         with pytest.raises(TollgateError) as refused:
-            await ledger.writer.apply(too_much)
+            await ledger.writer.submit(too_much)
         assert (refused.value.status, refused.value.code) == (402, "insufficient_quota")
-        await ledger.writer.apply(grant(org_id, 500))
+        await ledger.writer.submit(grant(org_id, 500))
     assert await ledger.held(org_id, SIGNUP_NANO + 1)
 
 
 async def test_concurrent_duplicates_are_applied_once_and_all_get_the_answer(ledger: Ledger, org_id: UUID) -> None:
     credit = grant(org_id, 50)
     writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(5)]
-    answers = await asyncio.gather(*(writer.apply(credit) for writer in writers for _ in range(4)))
+    answers = await asyncio.gather(*(writer.submit(credit) for writer in writers for _ in range(4)))
     assert {type(a) for a in answers} == {Granted}
     assert len(set(answers)) == 1
-    assert (await ledger.wallet(org_id)).granted == SIGNUP_NANO + 50
+    assert (await ledger.wallet(org_id)).granted == 50
 
 
 async def test_of_concurrent_operations_with_one_key_and_different_bodies_one_is_applied(
@@ -116,7 +130,7 @@ async def test_of_concurrent_operations_with_one_key_and_different_bodies_one_is
         for wallet in (org_id, uuid4())
     ]
     writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in rivals]
-    applied = (writer.apply(rival) for writer, rival in zip(writers, rivals, strict=True))
+    applied = (writer.submit(rival) for writer, rival in zip(writers, rivals, strict=True))
     answers = await asyncio.gather(*applied, return_exceptions=True)
     assert sum(isinstance(a, Granted) for a in answers) == 1
     assert sum(isinstance(a, IdempotencyMismatch) for a in answers) == len(rivals) - 1
@@ -132,20 +146,20 @@ async def test_retries_wait_for_the_operation_that_is_under_way(ledger: Ledger, 
     writer = Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics, limits=limits)
     async with ledger.pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", org_id)
-        impatient = [asyncio.create_task(writer.apply(posted)) for _ in range(10)]
+        impatient = [asyncio.create_task(writer.submit(posted)) for _ in range(10)]
         await asyncio.wait(impatient, timeout=0.1)
         for caller in impatient:
             caller.cancel()
         await asyncio.wait(impatient)
-        retries = [asyncio.create_task(writer.apply(posted)) for _ in range(10)]
-        assert isinstance(await writer.apply(place(other, 10)), Held)
+        retries = [asyncio.create_task(writer.submit(posted)) for _ in range(10)]
+        assert isinstance(await writer.submit(place(other, 10)), Held)
         with pytest.raises(IdempotencyMismatch):
-            await writer.apply(settle(org_id, held.hold_id, 41))
+            await writer.submit(settle(org_id, held.hold_id, 41))
         assert not any(retry.done() for retry in retries)
     assert set(await asyncio.gather(*retries)) == {Settled(40, 40, 0, SIGNUP_NANO - 40)}
     assert (await ledger.wallet(org_id)).spent == 40
     with pytest.raises(IdempotencyMismatch):
-        await writer.apply(settle(org_id, held.hold_id, 41))
+        await writer.submit(settle(org_id, held.hold_id, 41))
 
 
 async def test_heartbeats_with_different_usage_do_not_clash(ledger: Ledger, org_id: UUID) -> None:
@@ -156,16 +170,16 @@ async def test_heartbeats_with_different_usage_do_not_clash(ledger: Ledger, org_
 
 async def test_a_hold_belongs_to_one_wallet(ledger: Ledger, org_id: UUID) -> None:
     held, stranger = await ledger.held(org_id, 100), uuid4()
-    await ledger.writer.apply(OpenWallet(stranger))
+    await ledger.writer.submit(OpenWallet(stranger))
     with pytest.raises(IdempotencyMismatch):
-        await ledger.writer.apply(place(stranger, 100, hold_id=held.hold_id))
+        await ledger.writer.submit(place(stranger, 100, hold_id=held.hold_id))
     for foreign in (
         settle(stranger, held.hold_id, 1),
         heartbeat(stranger, held.hold_id, 1),
         Void(stranger, held.hold_id, "mine"),
     ):
         with pytest.raises(HoldNotFound):
-            await ledger.writer.apply(foreign)
+            await ledger.writer.submit(foreign)
     assert (await ledger.wallet(org_id)).held == 100
 
 
@@ -173,9 +187,9 @@ async def test_a_hold_that_is_not_there_yet_is_not_remembered_as_missing(ledger:
     placed = place(org_id, 10)
     for unknown in (org_id, uuid4()):
         with pytest.raises(HoldNotFound):
-            await ledger.writer.apply(Void(unknown, placed.hold_id, "early"))
-    await ledger.writer.apply(placed)
-    assert await ledger.writer.apply(Void(org_id, placed.hold_id, "early")) == Voided(10)
+            await ledger.writer.submit(Void(unknown, placed.hold_id, "early"))
+    await ledger.writer.submit(placed)
+    assert await ledger.writer.submit(Void(org_id, placed.hold_id, "early")) == Voided(10)
 
 
 async def test_settlement_expiry_and_void_race_to_one_resolution(ledger: Ledger) -> None:
@@ -183,7 +197,7 @@ async def test_settlement_expiry_and_void_race_to_one_resolution(ledger: Ledger)
     for round_number in range(25):
         org_id = uuid4()
         held = await ledger.held(org_id, 100)
-        await ledger.writer.apply(heartbeat(org_id, held.hold_id, 30))
+        await ledger.writer.submit(heartbeat(org_id, held.hold_id, 30))
         await ledger.expire_now(held.hold_id)
         rivals: list[Operation] = [
             settle(org_id, held.hold_id, 70),
@@ -212,7 +226,7 @@ async def test_several_writers_resolve_a_hold_once(ledger: Ledger) -> None:
         held = await ledger.held(org_id, 100)
         await ledger.expire_now(held.hold_id)
         operations = (settle(org_id, held.hold_id, 50), ExpireHold(org_id, held.hold_id))
-        rivals = [writer.apply(operation) for writer in writers for operation in operations]
+        rivals = [writer.submit(operation) for writer in writers for operation in operations]
         answers = await asyncio.gather(*rivals, return_exceptions=True)
         assert all(isinstance(a, Settled | HoldResolved) for a in answers), answers
         wallet = await ledger.wallet(org_id)
@@ -222,7 +236,7 @@ async def test_several_writers_resolve_a_hold_once(ledger: Ledger) -> None:
 
 async def test_the_sweeper_settles_what_the_last_heartbeat_reported(ledger: Ledger, org_id: UUID) -> None:
     reported, silent = await ledger.held(org_id, 100, ttl_ms=150), await ledger.held(org_id, 200, ttl_ms=150)
-    await ledger.writer.apply(heartbeat(org_id, reported.hold_id, 33, ttl_ms=150))
+    await ledger.writer.submit(heartbeat(org_id, reported.hold_id, 33, ttl_ms=150))
 
     async def swept() -> bool:
         await ledger.sweeper.sweep()
@@ -230,10 +244,10 @@ async def test_the_sweeper_settles_what_the_last_heartbeat_reported(ledger: Ledg
 
     await wait_until(swept, "expiry")
     assert (await ledger.wallet(org_id)).spent == 33
-    late = await ledger.writer.apply(settle(org_id, reported.hold_id, 45))
+    late = await ledger.writer.submit(settle(org_id, reported.hold_id, 45))
     assert late == Settled(cost=45, settled=12, receivable=0, available=SIGNUP_NANO - 45)
-    assert await ledger.writer.apply(settle(org_id, reported.hold_id, 45)) == late
-    after_silence = await ledger.writer.apply(settle(org_id, silent.hold_id, 5))
+    assert await ledger.writer.submit(settle(org_id, reported.hold_id, 45)) == late
+    after_silence = await ledger.writer.submit(settle(org_id, silent.hold_id, 5))
     assert after_silence == Settled(cost=5, settled=5, receivable=0, available=SIGNUP_NANO - 50)
     keys = await ledger.pool.fetch("SELECT idem_key FROM billing.op WHERE tenant = $1 AND kind = 'settle'", org_id)
     assert {k[0] for k in keys} == {f"late:{reported.hold_id}", f"late:{silent.hold_id}"}
@@ -243,14 +257,15 @@ async def test_the_sweeper_settles_what_the_last_heartbeat_reported(ledger: Ledg
 async def test_a_heartbeat_keeps_a_hold_from_the_sweeper(ledger: Ledger, org_id: UUID) -> None:
     held = await ledger.held(org_id, 100)
     await ledger.expire_now(held.hold_id)
-    await ledger.writer.apply(heartbeat(org_id, held.hold_id, 10))
+    await ledger.writer.submit(heartbeat(org_id, held.hold_id, 10))
     await ledger.sweeper.sweep()
     assert (await ledger.wallet(org_id)).held == 100
 
 
 async def test_the_sweeper_moves_expired_grants_to_breakage(ledger: Ledger, org_id: UUID) -> None:
+    await ledger.writer.submit(OpenWallet(org_id, uuid4()))
     expires_at = datetime.now(UTC) + timedelta(milliseconds=600)
-    await ledger.writer.apply(grant(org_id, 70, expires_at=expires_at, priority=1))
+    await ledger.writer.submit(grant(org_id, 70, expires_at=expires_at, priority=1))
     held = await ledger.held(org_id, 30)  # drawn from the grant that expires
     credit = await ledger.pool.fetchval("SELECT account_id FROM billing.hold_slice WHERE hold_id = $1", held.hold_id)
 
@@ -261,7 +276,7 @@ async def test_the_sweeper_moves_expired_grants_to_breakage(ledger: Ledger, org_
     await wait_until(swept, "expiry of the grant")
     wallet = await ledger.wallet(org_id)
     assert (wallet.balance, wallet.held, wallet.available) == (SIGNUP_NANO + 30, 30, SIGNUP_NANO)
-    await ledger.writer.apply(settle(org_id, held.hold_id, 10))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 10))
     wallet = await ledger.wallet(org_id)
     assert (wallet.balance, wallet.available, wallet.spent) == (SIGNUP_NANO, SIGNUP_NANO, 10)
     await ledger.verified()
@@ -269,12 +284,12 @@ async def test_the_sweeper_moves_expired_grants_to_breakage(ledger: Ledger, org_
 
 async def test_usage_beyond_the_credits_is_owed_and_blocks(ledger: Ledger, org_id: UUID) -> None:
     held = await ledger.held(org_id, SIGNUP_NANO)
-    settled = await ledger.writer.apply(settle(org_id, held.hold_id, SIGNUP_NANO + 200))
+    settled = await ledger.writer.submit(settle(org_id, held.hold_id, SIGNUP_NANO + 200))
     assert settled == Settled(SIGNUP_NANO + 200, SIGNUP_NANO, 200, 0)
     with pytest.raises(TollgateError) as refused:
         await ledger.held(org_id, 1, clamp=True)
     assert refused.value.code == "insufficient_quota"
-    await ledger.writer.apply(grant(org_id, 250))
+    await ledger.writer.submit(grant(org_id, 250))
     wallet = await ledger.wallet(org_id)
     assert (wallet.balance, wallet.receivable, wallet.spent) == (50, 0, SIGNUP_NANO + 200)
     await ledger.verified()
@@ -293,14 +308,14 @@ async def test_a_frozen_wallet_takes_no_new_holds_but_settles_old_ones(ledger: L
     await ledger.pool.execute("UPDATE billing.wallet SET frozen_at = now() WHERE id = $1", org_id)
     with pytest.raises(WalletFrozen):
         await ledger.held(org_id, 1)
-    assert isinstance(await ledger.writer.apply(settle(org_id, held.hold_id, 7)), Settled)
+    assert isinstance(await ledger.writer.submit(settle(org_id, held.hold_id, 7)), Settled)
 
 
 async def test_a_clock_that_was_set_back_does_not_reorder_history(ledger: Ledger, org_id: UUID) -> None:
-    await ledger.writer.apply(OpenWallet(org_id))
+    await ledger.writer.submit(OpenWallet(org_id))
     await ledger.pool.execute("UPDATE billing.wallet SET updated_at = now() + interval '1 hour' WHERE id = $1", org_id)
     for amount in (1, 2, 3):
-        await ledger.writer.apply(grant(org_id, amount))
+        await ledger.writer.submit(grant(org_id, amount))
     rows = await ledger.pool.fetch(
         "SELECT booked_at FROM billing.transfer WHERE wallet_id = $1 ORDER BY wallet_seq", org_id
     )
@@ -310,14 +325,14 @@ async def test_a_clock_that_was_set_back_does_not_reorder_history(ledger: Ledger
 
 async def test_a_clock_that_was_set_back_does_not_lengthen_lives(ledger: Ledger, org_id: UUID) -> None:
     """What was written while the clock was ahead says nothing about when a hold or a grant ends."""
-    await ledger.writer.apply(OpenWallet(org_id))
+    await ledger.writer.submit(OpenWallet(org_id, uuid4()))
     await ledger.pool.execute("UPDATE billing.wallet SET updated_at = now() + interval '1 hour' WHERE id = $1", org_id)
     soon = datetime.now(UTC) + timedelta(minutes=30)
-    await ledger.writer.apply(grant(org_id, 70, expires_at=soon, priority=1))
+    await ledger.writer.submit(grant(org_id, 70, expires_at=soon, priority=1))
     held = await ledger.held(org_id, 30, ttl_ms=60_000)
     assert held.available == SIGNUP_NANO + 40
     assert held.expires_at < soon
-    extended = await ledger.writer.apply(heartbeat(org_id, held.hold_id, 10))
+    extended = await ledger.writer.submit(heartbeat(org_id, held.hold_id, 10))
     assert isinstance(extended, Extended)
     assert extended.expires_at < soon
     await ledger.expire_now(held.hold_id)
@@ -361,8 +376,8 @@ async def test_the_books_are_right_after_every_step_of_random_operations(ledger:
 
 async def test_usage_is_written_with_who_and_what(ledger: Ledger, org_id: UUID) -> None:
     placed = place(org_id, 100, key_id=uuid4(), worst_case=Usage(20, 0, 100))
-    await ledger.writer.apply(placed)
-    await ledger.writer.apply(settle(org_id, placed.hold_id, 9))
+    await ledger.writer.submit(placed)
+    await ledger.writer.submit(settle(org_id, placed.hold_id, 9))
     row = await ledger.pool.fetchrow("SELECT * FROM billing.usage WHERE hold_id = $1", placed.hold_id)
     assert (row["wallet_id"], row["user_id"], row["key_id"]) == (org_id, placed.user_id, placed.key_id)
     assert (row["model"], row["request_id"], row["duration_ms"]) == ("chat-mini", "req_test", 5)

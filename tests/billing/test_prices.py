@@ -49,7 +49,7 @@ async def test_a_new_version_ends_the_old_one_and_holds_keep_theirs(ledger: Ledg
     assert first["valid_until"] == second["valid_from"]
     assert held.price_id == old.id
     assert (await ledger.held(org_id, 100, model=model)).price_id == new.id
-    await ledger.writer.apply(settle(org_id, held.hold_id, 10))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 10))
     assert (await ledger.wallet(org_id)).spent == 10
 
 
@@ -103,22 +103,22 @@ async def test_a_free_model_holds_nothing_and_is_recorded(ledger: Ledger, model:
     await ledger.prices.publish(author(), model, "default", PriceTerms(0, 0, 0, 0), None)
     held = await ledger.held(org_id, 10**6, model=model)
     assert held.amount == 0
-    await ledger.writer.apply(settle(org_id, held.hold_id, 77))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 77))
     assert await ledger.pool.fetchval("SELECT output_tokens FROM billing.usage WHERE hold_id = $1", held.hold_id) == 77
     await ledger.verified()
 
 
 async def test_cost_is_rounded_up_once_a_request(ledger: Ledger, model: str, org_id: UUID) -> None:
     await ledger.prices.publish(author(), model, "default", PriceTerms(0, 0, 0, 1_500_000), None)
-    await ledger.writer.apply(grant(org_id, 1_000))
+    await ledger.writer.submit(grant(org_id, 1_000))
     for _ in range(3):
         placed = place(org_id, 1, model=model)
-        await ledger.writer.apply(placed)
-        await ledger.writer.apply(settle(org_id, placed.hold_id, 1))
+        await ledger.writer.submit(placed)
+        await ledger.writer.submit(settle(org_id, placed.hold_id, 1))
     assert (await ledger.wallet(org_id)).spent == 6
     placed = place(org_id, 3, model=model)
-    await ledger.writer.apply(placed)
-    await ledger.writer.apply(settle(org_id, placed.hold_id, 3))
+    await ledger.writer.submit(placed)
+    await ledger.writer.submit(settle(org_id, placed.hold_id, 3))
     assert (await ledger.wallet(org_id)).spent == 11
     await ledger.verified()
 

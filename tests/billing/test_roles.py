@@ -39,7 +39,7 @@ BROKEN_BOOKS = (
 async def used(ledger: Ledger, org_id: UUID) -> UUID:
     """A wallet with a row in every append-only table."""
     held = await ledger.held(org_id, 10)
-    await ledger.writer.apply(settle(org_id, held.hold_id, 5))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 5))
     return org_id
 
 
@@ -99,7 +99,7 @@ async def test_a_number_within_a_wallet_belongs_to_one_transfer(ledger: Ledger, 
         await ledger.pool.execute(
             """INSERT INTO billing.transfer (id, op_id, wallet_id, wallet_seq, debit_account, credit_account, amount,
                 code, balance_after, effective_at, booked_at)
-            SELECT gen_random_uuid(), op_id, wallet_id, wallet_seq, debit_account, credit_account, amount,
+            SELECT uuidv7(), op_id, wallet_id, wallet_seq, debit_account, credit_account, amount,
                 code, balance_after, effective_at, booked_at FROM billing.transfer WHERE wallet_id = $1 LIMIT 1""",
             used,
         )

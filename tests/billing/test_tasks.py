@@ -14,7 +14,8 @@ import asyncpg
 import pytest
 
 from services.billing.errors import LedgerUnavailable
-from services.billing.ledger.operations import Operation, Result
+from services.billing.ledger.operations import Operation
+from services.billing.ledger.results import Result
 from services.billing.ledger.writer import WriterLimits
 from services.billing.tasks import Gauges, Sweeper
 from shared.money import NANO_PER_CREDIT
@@ -38,9 +39,9 @@ async def test_the_gauges_show_what_is_open_held_and_frozen(ledger: Ledger, org_
             return figures == [holds, held / NANO_PER_CREDIT, 1]
 
         await wait_until(lambda: shows(2, 700), "the gauges")
-        await ledger.writer.apply(settle(org_id, first.hold_id, 300))
+        await ledger.writer.submit(settle(org_id, first.hold_id, 300))
         await wait_until(lambda: shows(1, 400), "the gauges after a settlement")
-        await ledger.writer.apply(settle(org_id, second.hold_id, 0))
+        await ledger.writer.submit(settle(org_id, second.hold_id, 0))
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -70,7 +71,7 @@ async def test_operations_are_counted_by_result(ledger: Ledger, org_id: UUID) ->
     before = count("settle", "applied"), count("settle", "replayed")
     held = await ledger.held(org_id, 10)
     for _ in range(3):
-        await ledger.writer.apply(settle(org_id, held.hold_id, 4))
+        await ledger.writer.submit(settle(org_id, held.hold_id, 4))
     assert (count("settle", "applied"), count("settle", "replayed")) == (before[0] + 1, before[1] + 2)
 
 
@@ -100,14 +101,14 @@ async def test_after_an_outage_live_requests_may_report_before_their_holds_expir
         gate.open()
         assert await sweeper.sweep() == 0
         assert (await ledger.wallet(org_id)).held == 700
-        await ledger.writer.apply(heartbeat(org_id, live.hold_id, 20))
+        await ledger.writer.submit(heartbeat(org_id, live.hold_id, 20))
 
         async def swept() -> bool:
             await sweeper.sweep()
             return (await ledger.wallet(org_id)).held == 300
 
         await wait_until(swept, "the expiry of the dead one")
-    await ledger.writer.apply(settle(org_id, live.hold_id, 300))
+    await ledger.writer.submit(settle(org_id, live.hold_id, 300))
 
 
 @dataclass
@@ -117,9 +118,9 @@ class Interrupted:
     ledger: Ledger
     gate: Gate
 
-    async def apply(self, operation: Operation) -> Result:
+    async def submit(self, operation: Operation) -> Result:
         self.gate.shut()
-        return await self.ledger.writer.apply(operation)
+        return await self.ledger.writer.submit(operation)
 
 
 async def test_an_outage_in_the_middle_of_a_pass_ends_it(ledger: Ledger, org_id: UUID) -> None:
@@ -148,7 +149,7 @@ async def test_no_hold_expires_at_once_after_a_start_but_grants_do(ledger: Ledge
     sweeper = Sweeper(ledger.database, ledger.writer, ledger.metrics, interval_s=1, batch_max=100, hold_grace_s=3_600)
     held = await ledger.held(org_id, 300)
     await ledger.expire_now(held.hold_id)
-    await ledger.writer.apply(grant(org_id, 5, expires_at=datetime.now(UTC) + timedelta(milliseconds=100)))
+    await ledger.writer.submit(grant(org_id, 5, expires_at=datetime.now(UTC) + timedelta(milliseconds=100)))
 
     async def lapsed() -> bool:
         await sweeper.sweep()
@@ -156,7 +157,7 @@ async def test_no_hold_expires_at_once_after_a_start_but_grants_do(ledger: Ledge
 
     await wait_until(lapsed, "the end of the grant")
     assert (await ledger.wallet(org_id)).held == 300
-    await ledger.writer.apply(settle(org_id, held.hold_id, 0))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 0))
 
 
 async def test_a_wallet_that_is_stuck_does_not_keep_the_others_from_expiring(owner_url: str, ledger: Ledger) -> None:

@@ -36,8 +36,8 @@ TAMPERING = {
 
 async def some_history(ledger: Ledger, org_id: UUID) -> None:
     held = await ledger.held(org_id, 300)
-    await ledger.writer.apply(settle(org_id, held.hold_id, 120))
-    await ledger.writer.apply(place(org_id, 40))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 120))
+    await ledger.writer.submit(place(org_id, 40))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -67,7 +67,7 @@ async def test_a_late_settlement_of_no_tokens_adds_up(ledger: Ledger, org_id: UU
     held = await ledger.held(org_id, 1, model="per-request")
     await ledger.expire_now(held.hold_id)
     await ledger.sweeper.sweep()
-    await ledger.writer.apply(settle(org_id, held.hold_id, 0))
+    await ledger.writer.submit(settle(org_id, held.hold_id, 0))
     assert (await ledger.wallet(org_id)).spent == 5
     await ledger.verified()
 

@@ -59,7 +59,7 @@ async def test_a_settlement_outlasts_a_rotation_of_keys(customer: Customer, owne
 
 async def test_a_refused_settlement_is_given_up_at_once(customer: Customer) -> None:
     async with customer.hold() as hold:
-        await customer.billing.ledger.writer.apply(Void(customer.org_id, hold.id, "by somebody else"))
+        await customer.billing.ledger.writer.submit(Void(customer.org_id, hold.id, "by somebody else"))
         assert await hold.settle(build="b", finish_reason="stop", usage=Usage(3, 0, 21)) is None
     assert (customer.metering.pending, customer.failed()) == (0, 1)
     assert await customer.spent() == 0

@@ -43,21 +43,15 @@ from services.billing.ledger.book import (
 from services.billing.ledger.operations import (
     ExpireGrant,
     ExpireHold,
-    Extended,
     GrantCredits,
-    Granted,
-    GrantExpired,
     Heartbeat,
-    Held,
     OpenWallet,
     Operation,
     PlaceHold,
-    Result,
     Settle,
-    Settled,
     Void,
-    Voided,
 )
+from services.billing.ledger.results import Extended, Granted, GrantExpired, Held, Result, Settled, Voided
 
 CREDITS_RESERVED_RETRY_S = 2
 

@@ -2,17 +2,18 @@
 
 An operation belongs to a tenant and has a key there. The first one with a key decides; the same again gets the same
 result, and the same key with another `body()` is refused. Only `Heartbeat` and `OpenWallet` are not remembered: they
-do the same however often they come.
+do the same however often they come. `services.billing.ledger.results` has how results are remembered.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import ClassVar
 from uuid import UUID
+
+import orjson
 
 from services.billing.domain import Usage
 
@@ -24,6 +25,8 @@ class Operation:
     kind: ClassVar[str] = ""
     remembered: ClassVar[bool] = True
     opens_wallet: ClassVar[bool] = False
+    # Fields made anew by whoever sends the operation again: not what it says.
+    incidental: ClassVar[frozenset[str]] = frozenset()
 
     wallet_id: UUID
 
@@ -46,42 +49,21 @@ class Operation:
         """Who caused it, for the audit."""
         return "service"
 
-    def body(self) -> dict[str, Any]:
-        return asdict(self)
+    def body(self) -> tuple[object, ...]:
+        """What makes it another operation, in a fixed order."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in self.incidental)
 
     def body_sha256(self) -> bytes:
-        return hashlib.sha256(json.dumps(self.body(), sort_keys=True, default=str).encode()).digest()
+        return hashlib.sha256(orjson.dumps(self.body(), default=str)).digest()
 
 
 @dataclass(frozen=True, slots=True)
-class OpenWallet(Operation):
-    """Make sure that there is a wallet. Its result is None."""
+class AuthoredOperation(Operation):
+    """What somebody asked for under an idempotency key of their own."""
 
-    kind = "open"
-    remembered = False
-    opens_wallet = True
-
-    @property
-    def key(self) -> str:
-        return f"open:{self.wallet_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class GrantCredits(Operation):
-    """Put credits into the wallet. `account_id` is made by whoever makes the operation and is not part of its body."""
-
-    kind = "grant"
-    opens_wallet = True
-
-    account_id: UUID
-    amount: int
-    source: str
-    reason: str
-    priority: int
-    expires_at: datetime | None
     idempotency_tenant: UUID
     idempotency_key: str
-    granted_by: str
+    author: str
 
     @property
     def tenant(self) -> UUID:
@@ -93,12 +75,102 @@ class GrantCredits(Operation):
 
     @property
     def actor(self) -> str:
-        return self.granted_by
+        return self.author
 
-    def body(self) -> dict[str, Any]:
-        body = asdict(self)
-        del body["account_id"]
-        return body
+
+@dataclass(frozen=True, slots=True)
+class OpenWallet(Operation):
+    """Make sure that there is a wallet, and that the person who asks has had sign-up credits. Its result is None."""
+
+    kind = "open"
+    remembered = False
+    opens_wallet = True
+
+    user_id: UUID | None = None
+
+    @property
+    def key(self) -> str:
+        return f"open:{self.wallet_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCredits(AuthoredOperation):
+    """Put credits into the wallet. `account_id` is made by whoever makes the operation."""
+
+    kind = "grant"
+    opens_wallet = True
+    incidental = frozenset({"account_id"})
+
+    account_id: UUID
+    amount: int
+    source: str
+    reason: str
+    priority: int
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class TopUp(Operation):
+    """Grant what was paid for, and mark the row of billing.topup as paid: one transaction, once for each top-up."""
+
+    kind = "topup"
+    opens_wallet = True
+    incidental = frozenset({"account_id"})
+
+    topup_id: UUID
+    account_id: UUID
+    amount: int
+    source: str
+    reason: str
+    priority: int
+    expires_at: datetime | None
+
+    @property
+    def key(self) -> str:
+        return f"topup:{self.topup_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Charge(AuthoredOperation):
+    """Take an amount now, whole or not at all, without a hold: what was used has no price by tokens.
+
+    `charge_id` (UUIDv7) names it in its transfers, where a hold's id would be, and in a refund.
+    """
+
+    kind = "charge"
+    incidental = frozenset({"charge_id"})
+
+    charge_id: UUID
+    amount: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refund(AuthoredOperation):
+    """Give back up to what a hold or a charge took, to the grants it was taken from, the last one first.
+
+    `source_id` is the hold's or the charge's id; `amount` None is all that is left. What was owed and not paid yet is
+    forgiven first; what has been paid of a debt since comes back in a grant of its own, `account_id`.
+    """
+
+    kind = "refund"
+    incidental = frozenset({"account_id"})
+
+    source_id: UUID
+    account_id: UUID
+    amount: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze(AuthoredOperation):
+    """Refuse new holds and charges of the wallet, or allow them again. What is in flight can be settled."""
+
+    kind = "freeze"
+    opens_wallet = True
+
+    frozen: bool
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,75 +278,3 @@ class ExpireGrant(Operation):
     @property
     def key(self) -> str:
         return f"expire-grant:{self.account_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    grant_id: UUID
-    amount: int
-    available: int
-    receivable: int
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    hold_id: UUID
-    amount: int
-    output_tokens: int
-    price_id: UUID
-    expires_at: datetime
-    available: int
-
-
-@dataclass(frozen=True, slots=True)
-class Extended:
-    expires_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """`cost` of the usage in all; `settled` was taken from credits; `receivable` is what the wallet owes now."""
-
-    cost: int
-    settled: int
-    receivable: int
-    available: int
-
-
-@dataclass(frozen=True, slots=True)
-class Voided:
-    released: int
-
-
-@dataclass(frozen=True, slots=True)
-class GrantExpired:
-    amount: int
-
-
-Result = Granted | Held | Extended | Settled | Voided | GrantExpired | None
-
-_RESULTS: dict[str, type[Granted | Held | Settled | Voided | GrantExpired]] = {
-    "grant": Granted,
-    "hold": Held,
-    "settle": Settled,
-    "void": Voided,
-    "expire": Settled,
-    "expire_grant": GrantExpired,
-}
-_UUIDS = ("grant_id", "hold_id", "price_id")
-
-
-def result_to_json(result: Result) -> str:
-    """How a result is remembered."""
-    assert result is not None
-    return json.dumps(asdict(result), default=str)
-
-
-def result_from_json(kind: str, text: str) -> Result:
-    """The inverse, for the kind of operation."""
-    fields = json.loads(text)
-    for name in fields.keys() & set(_UUIDS):
-        fields[name] = UUID(fields[name])
-    if "expires_at" in fields:
-        fields["expires_at"] = datetime.fromisoformat(fields["expires_at"])
-    return _RESULTS[kind](**fields)

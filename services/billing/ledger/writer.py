@@ -26,14 +26,8 @@ from services.billing.domain import customer_classes
 from services.billing.errors import REFUSALS, HoldNotFound, IdempotencyMismatch, LedgerUnavailable
 from services.billing.ledger import kernel
 from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
-from services.billing.ledger.operations import (
-    GrantCredits,
-    Operation,
-    PlaceHold,
-    Result,
-    result_from_json,
-    result_to_json,
-)
+from services.billing.ledger.operations import GrantCredits, OpenWallet, Operation, PlaceHold
+from services.billing.ledger.results import Result, result_from_json, result_to_json
 from services.billing.repository import ledger as repository
 from services.billing.repository.database import Connection, Database
 from services.billing.repository.ledger import Locked, Remembered
@@ -49,7 +43,7 @@ GRANT_PRIORITY = 100
 class Ledger(Protocol):
     """What the rest of billing knows of the ledger."""
 
-    async def apply(self, operation: Operation) -> Result:
+    async def submit(self, operation: Operation) -> Result:
         """Apply an operation, or find out what became of it. The result is durable when this returns.
 
         Raises the refusal (services/billing/errors.py), or LedgerUnavailable.
@@ -78,8 +72,8 @@ class Writer:
         self._tasks: set[asyncio.Task[Result]] = set()
         self._under_way: dict[tuple[UUID, str], tuple[bytes, asyncio.Task[Result]]] = {}
 
-    async def apply(self, operation: Operation) -> Result:
-        """See `Ledger.apply`."""
+    async def submit(self, operation: Operation) -> Result:
+        """See `Ledger.submit`."""
         return await asyncio.shield(self._joined(operation) if operation.remembered else self._begun(operation))
 
     async def close(self) -> None:
@@ -172,8 +166,8 @@ class _Transaction:
                 self._recall(remembered)
                 return
         book = await self._load(locked, is_new)
-        if is_new:
-            await self._open(book)
+        if is_new or isinstance(operation, OpenWallet):
+            await self._welcome(book)
         await self._decide(book)
         if book.touched or book.rows != Rows():
             await repository.write(connection, book)
@@ -213,22 +207,25 @@ class _Transaction:
             await repository.load_prices(self._connection, book, operation.model, classes)
         return book
 
-    async def _open(self, book: Book) -> None:
-        """The sign-up grant is an operation of its own, in the transaction that opens the wallet."""
-        if self._signup_credits == 0:
+    async def _welcome(self, book: Book) -> None:
+        """The sign-up grant, an operation of its own in this transaction: once a person, whatever wallets they open."""
+        person = getattr(self._operation, "user_id", None)
+        if person is None or self._signup_credits == 0:
             return
         signup = GrantCredits(
             wallet_id=book.wallet_id,
             account_id=uuid7(),
             amount=self._signup_credits,
             source=SIGNUP_SOURCE,
-            reason="Credits for a new wallet",
+            reason="Credits for a new account",
             priority=GRANT_PRIORITY,
             expires_at=None,
-            idempotency_tenant=book.wallet_id,
-            idempotency_key=f"signup:{book.wallet_id}",
-            granted_by="service",
+            idempotency_tenant=person,
+            idempotency_key=f"signup:{person}",
+            author="service",
         )
+        if await repository.find_operation(self._connection, signup.tenant, signup.keys) is not None:
+            return
         await self._remember(book, signup, signup.key, kernel.decide(book, signup), None)
         book.op_id = uuid7()
 

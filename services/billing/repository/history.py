@@ -73,6 +73,17 @@ async def wallet(database: Database, org_id: UUID) -> WalletView | None:
     return WalletView(org_id, **dict(row)) if row else None
 
 
+async def lacks_signup(database: Database, org_id: UUID, user_id: UUID) -> bool:
+    """Whether neither this person nor this wallet has had sign-up credits."""
+    row = await database.fetchrow(
+        """SELECT NOT EXISTS (SELECT FROM billing.credit_grant WHERE wallet_id = $1 AND source = 'signup')
+            AND NOT EXISTS (SELECT FROM billing.op WHERE tenant = $2 AND idem_key = 'signup:' || $2::text)""",
+        org_id,
+        user_id,
+    )
+    return bool(row[0])
+
+
 async def transactions(
     database: Database,
     org_id: UUID,

@@ -40,6 +40,14 @@ def own_wallet(identity: Annotated[Identity, Depends(reader)]) -> UUID:
     return organisation(identity)
 
 
+def person(identity: Annotated[Identity, Depends(reader)]) -> UUID | None:
+    """The user who asks, or on whose behalf a key does."""
+    try:
+        return UUID(identity.user_id)
+    except ValueError:
+        return None
+
+
 def author(
     identity: Caller,
     idempotency_key: Annotated[
@@ -67,4 +75,5 @@ BillingService = Annotated[Billing, Depends(billing)]
 PriceService = Annotated[Prices, Depends(prices)]
 Reader = Annotated[Identity, Depends(reader)]
 OwnWallet = Annotated[UUID, Depends(own_wallet)]
+Person = Annotated[UUID | None, Depends(person)]
 CurrentAuthor = Annotated[Author, Depends(author)]

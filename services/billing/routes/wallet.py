@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from services.billing.domain import CURRENCY
-from services.billing.routes.dependencies import BillingService, OwnWallet
+from services.billing.routes.dependencies import BillingService, OwnWallet, Person
 from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/billing", tags=["billing"])
@@ -31,9 +31,9 @@ class WalletAnswer(BaseModel):
 
 
 @router.get("/wallet")
-async def wallet(billing: BillingService, org_id: OwnWallet) -> WalletAnswer:
-    """Balance, holds and debts now. The first look opens the wallet with its sign-up credits."""
-    view = await billing.wallet(org_id)
+async def wallet(billing: BillingService, org_id: OwnWallet, user_id: Person) -> WalletAnswer:
+    """Balance, holds and debts now. The first look opens the wallet; a new person's brings their sign-up credits."""
+    view = await billing.wallet(org_id, user_id)
     return WalletAnswer(
         org_id=view.org_id,
         currency=CURRENCY,

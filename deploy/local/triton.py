@@ -2,15 +2,13 @@
 
 The Python backend starts one stub process a model. The stub embeds the Python of `.venv-triton`, which is first in
 PATH, and shares memory with the server under a name that begins with this stack's own prefix; whoever dies by SIGKILL
-leaves stubs and regions behind, so they are removed before each start and after each stop.
-
-`python -m deploy.local.triton STACK_ID COMMAND…` removes what is left of the stack's Triton, then becomes COMMAND.
+leaves stubs and regions behind, so they are removed before each start and after each stop. triton_guard.py is the
+process between the supervisor and the server.
 """
 
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from deploy.local.state import Layout
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 POSIX shared memory lives here
 EXIT_TIMEOUT_S = 8
 REAP_TIMEOUT_S = 5.0
+SERVER = "tritonserver"
 STUB = "triton_python_backend_stub"
 
 
@@ -36,10 +35,10 @@ def regions(stack_id: str) -> list[Path]:
 
 
 def reap(stack_id: str) -> None:
-    """End the stack's stubs and remove their shared memory. Only for a server that does not run."""
-    stubs = {pid for pid in processes.of_stack(stack_id) if processes.executable(pid) == STUB}
-    processes.send(stubs, processes.FORCED)
-    processes.wait_gone(stubs, REAP_TIMEOUT_S)
+    """End the stack's server and stubs and remove their shared memory: what a dead one left, as a rule."""
+    left = {pid for pid in processes.of_stack(stack_id) if processes.executable(pid) in (SERVER, STUB)}
+    processes.send(left, processes.FORCED)
+    processes.wait_gone(left, REAP_TIMEOUT_S)
     for region in regions(stack_id):
         region.unlink(missing_ok=True)
 
@@ -75,6 +74,10 @@ class Triton:
         return f"http://127.0.0.1:{self.metrics_port}/metrics"
 
     @property
+    def live_url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}/v2/health/live"
+
+    @property
     def repository(self) -> Path:
         return self.layout.root / "triton_models"
 
@@ -90,7 +93,7 @@ class Triton:
             name="triton",
             title="Triton 2.51",
             command=(
-                *(str(self.layout.python), "-m", "deploy.local.triton", self.layout.stack_id),
+                *(str(self.layout.python), "-m", "deploy.local.triton_guard", self.layout.stack_id, self.live_url),
                 *(str(packages / "pytriton" / "tritonserver" / "bin" / "tritonserver"), *self._arguments()),
             ),
             directory=self.layout.root,
@@ -130,14 +133,3 @@ class Triton:
         url = f"opentelemetry,url={self.otlp_endpoint.rstrip('/')}/v1/traces"
         settings = ("mode=opentelemetry", url, "level=TIMESTAMPS", "rate=0")
         return tuple(part for setting in settings for part in ("--trace-config", setting))
-
-
-def main(arguments: list[str]) -> None:
-    """Reap, then exec; never returns."""
-    stack_id, program, *rest = arguments
-    reap(stack_id)
-    os.execv(program, [program, *rest])  # noqa: S606 no shell is meant
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -24,11 +24,11 @@ STRUCTURE = """
            || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
     FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
     LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-    WHERE c.relnamespace = 'billing'::regnamespace AND c.relkind = 'r' AND a.attnum > 0
+    WHERE c.relnamespace = 'billing'::regnamespace AND c.relkind IN ('r', 'p') AND a.attnum > 0
         AND c.relname <> 'alembic_version'
     UNION ALL
-    SELECT 'table', relname, array_to_string(reloptions, ' ') FROM pg_class
-    WHERE relnamespace = 'billing'::regnamespace AND relkind = 'r' AND relname <> 'alembic_version'
+    SELECT 'table', relname, concat(array_to_string(reloptions, ' '), pg_get_partkeydef(oid)) FROM pg_class
+    WHERE relnamespace = 'billing'::regnamespace AND relkind IN ('r', 'p') AND relname <> 'alembic_version'
     UNION ALL
     SELECT 'constraint', conname, pg_get_constraintdef(oid) FROM pg_constraint
     WHERE connamespace = 'billing'::regnamespace AND conrelid <> 0 AND contype <> 't' AND conname !~ 'alembic_version'

@@ -1,7 +1,8 @@
 """The ledger: wallets, accounts, grants, operations, transfers, holds, usage, prices.
 
-Ids of transfers and holds are UUIDv7, so that these tables can be partitioned by time on the primary key itself
-(docs/decisions/0012).
+Ids of transfers and holds are UUIDv7: ranges of the primary key are ranges of time, and so these tables are partitioned
+by month (docs/decisions/0012). Partitions are in schema `billing_partition`, each of `transfer` with a
+UNIQUE (wallet_id, wallet_seq) of its own.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ op = Table(
     CheckConstraint("octet_length(body_sha256) = 32", name="body_sha256"),
     CheckConstraint("length(idem_key) BETWEEN 1 AND 300", name="idem_key"),
     Index(None, "id"),
+    postgresql_partition_by="HASH (tenant)",
 )
 
 transfer = Table(
@@ -126,8 +128,8 @@ transfer = Table(
     CheckConstraint("debit_account <> credit_account", name="two_accounts"),
     CheckConstraint("balance_after >= 0", name="balance_after"),
     CheckConstraint("code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry')", name="code"),
-    UniqueConstraint("wallet_id", "wallet_seq"),
     Index(None, "booked_at", postgresql_using="brin"),
+    postgresql_partition_by="RANGE (id)",
 )
 
 tariff = Table(
@@ -243,6 +245,7 @@ usage = Table(
         name="figures",
     ),
     Index(None, "wallet_id", text("hold_id DESC"), text("part DESC")),
+    postgresql_partition_by="RANGE (hold_id)",
 )
 
 # What is written once. `migrate` gives no right to change these; triggers refuse even their owner.

@@ -6,10 +6,12 @@ from contextlib import AsyncExitStack
 
 from services.chat import tasks
 from services.chat.clients import CatalogueClient
-from services.chat.domain import choose_build
+from services.chat.domain.breaker import Breakers
+from services.chat.domain.catalogue import BuildState
 from services.chat.errors import model_loading
 from services.chat.routes import completions, models
-from services.chat.service import ChatService
+from services.chat.service.completion import ChatService
+from services.chat.service.terms import Treasury
 from services.chat.settings import ChatSettings
 from services.chat.triton import TritonClient
 from shared import telemetry, web
@@ -17,6 +19,7 @@ from shared.clock import SystemClock
 from shared.flags import Flags
 from shared.grpc import Caller
 from shared.identity import IdentityRing
+from shared.limits import RedisLink, TokenLimiter
 from shared.metering import Metering
 from shared.runtime import HttpServer, Service
 from shared.web import Readiness
@@ -46,13 +49,29 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     triton = TritonClient(limits)
     stack.push_async_callback(triton.close)
 
+    link = RedisLink(
+        settings.redis_url.get_secret_value(), client_name="chat", timeout_ms=settings.chat_redis_timeout_ms
+    )
+    await stack.enter_async_context(link)
+    treasury = Treasury(metering, TokenLimiter(link, clock, processes=settings.chat_processes), triton, limits)
+    breakers = Breakers(
+        failures_max=settings.chat_breaker_failures_max,
+        pause_s=settings.chat_breaker_pause_ms / 1000,
+        now_s=clock.monotonic_s,
+    )
     service = ChatService(
-        catalogue=catalogue, flags=flags, metering=metering, triton=triton, limits=limits, metrics=metrics
+        catalogue=catalogue,
+        flags=flags,
+        treasury=treasury,
+        triton=triton,
+        breakers=breakers,
+        limits=limits,
+        metrics=metrics,
     )
 
     app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
     app.include_router(completions.create_router(service, clock))
-    app.include_router(models.create_router(service))
+    app.include_router(models.create_router(service, treasury))
     readiness.add("catalogue", _catalogue_check(catalogue))
     readiness.add("billing", _billing_check(metering))
 
@@ -64,11 +83,11 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
 
 
 def _catalogue_check(catalogue: CatalogueClient) -> web.Check:
-    """Ready means that a model can be served, whatever the flags say: its stable build is there."""
+    """Ready means that a model can be served, whatever the flags say: a build of it is there."""
 
     async def check() -> None:
         models = catalogue.last.models.values()
-        if not any(choose_build(model, None) for model in models):
+        if not any(model.state is BuildState.READY for model in models):
             raise model_loading(", ".join(model.alias for model in models))
 
     return check

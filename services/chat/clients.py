@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from services.chat.domain import Build, BuildState, Catalogue, Model
+from services.chat.domain.catalogue import Build, BuildState, Catalogue, Model
 from services.chat.errors import catalogue_unknown
 from shared.grpc import Caller
 from shared.rpc import inference_pb2 as pb

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
-from shared.errors import BadGateway, InvalidRequest, NotFound, Timeout, TollgateError, Unavailable
+from collections.abc import Mapping
+
+from shared.errors import (
+    BadGateway,
+    InvalidRequest,
+    NotFound,
+    PaymentRequired,
+    RateLimited,
+    Timeout,
+    TollgateError,
+    Unavailable,
+)
 
 LOADING_RETRY_S = 5
 DISABLED_RETRY_S = 30
 BUSY_RETRY_S = 1
 DOWN_RETRY_S = 2
 
+TOKENS_ABOVE_LIMIT = "tokens_above_limit"
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+# What another build may do better, and what of it is this build's own fault.
+# A silent build has had its time already: those who wait are not made to wait again.
+_FALL_BACK = frozenset({"engine_unavailable", "engine_error", "overloaded"})
+_FAULTS = frozenset({"engine_unavailable", "engine_error", "engine_timeout"})
+
+
+def may_fall_back(error: TollgateError) -> bool:
+    """Whether another build is worth a try."""
+    return error.code in _FALL_BACK
+
+
+def is_engine_fault(error: TollgateError) -> bool:
+    """Whether the build is to blame, rather than the request or the load."""
+    return error.code in _FAULTS
+
+
+def builds_failing(model: str) -> Unavailable:
+    return Unavailable(
+        f"Every build of the model `{model}` has failed lately. Retry.",
+        code="engine_unavailable",
+        retry_after_s=DOWN_RETRY_S,
+    )
+
+
+def too_many_tokens(retry_after_s: int, headers: Mapping[str, str], *, never_fits: bool) -> TollgateError:
+    if never_fits:
+        return InvalidRequest(
+            "The prompt and max_tokens together are more than this key's limit of tokens per minute. Lower max_tokens.",
+            code=TOKENS_ABOVE_LIMIT,
+            param="max_tokens",
+            headers=headers,
+        )
+    return RateLimited(
+        "The key's limit of tokens per minute is reached. Wait as long as Retry-After says, or lower max_tokens.",
+        retry_after_s=retry_after_s,
+        headers=headers,
+    )
+
+
+def not_covered() -> PaymentRequired:
+    return PaymentRequired("The wallet does not cover a token for each choice. Add credits, or lower n.")
 
 
 def model_not_found(model: str) -> NotFound:
@@ -83,3 +136,14 @@ def from_engine(code: str, message: str) -> TollgateError:
     if code == "cancelled":
         return engine_down(f"cancelled by the server: {message}")
     return engine_failed(f"{code}: {message}")
+
+
+def invalid_schema(param: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"The JSON schema in '{param}' cannot be used. {problem}", code="invalid_schema", param=param)
+
+
+def output_violates_format() -> BadGateway:
+    return BadGateway(
+        "The model's answer is not of the form that response_format or the tools ask for. Retry, or simplify the form.",
+        code="output_format_violated",
+    )

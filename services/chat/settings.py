@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, SecretStr
 
-from services.chat.domain import Limits
+from services.chat.domain.request import Limits
 from shared.flags import FlagSettings
 from shared.metering import MeteringLimits
 from shared.runtime import ServiceSettings
@@ -16,6 +16,7 @@ class ChatSettings(ServiceSettings):
     """Names carry the prefix TOLLGATE_ in the environment; units stand at the end of a name."""
 
     chat_http_listen: str
+    redis_url: SecretStr
     billing_grpc: str
     inference_grpc: str
     unleash_url: str
@@ -28,12 +29,18 @@ class ChatSettings(ServiceSettings):
     chat_max_tokens_default: int = Field(default=512, ge=1)
     chat_messages_max: int = Field(default=1_000, ge=1)
     chat_prompt_chars_max: int = Field(default=500_000, ge=1)
+    chat_choices_max: int = Field(default=8, ge=1)
     chat_generations_max: int = Field(default=1_000, ge=1)
     chat_count_timeout_ms: int = Field(default=10_000, ge=1)
     chat_first_chunk_timeout_ms: int = Field(default=60_000, ge=1)
     chat_chunk_timeout_ms: int = Field(default=15_000, ge=1)
     chat_generation_timeout_ms: int = Field(default=300_000, ge=1)
     chat_send_timeout_ms: int = Field(default=30_000, ge=1)
+    chat_priority_plans: frozenset[str] = frozenset()
+    chat_breaker_failures_max: int = Field(default=3, ge=1)
+    chat_breaker_pause_ms: int = Field(default=5_000, ge=1)
+    chat_processes: int = Field(default=1, ge=1)  # that share the token limits while Redis is away
+    chat_redis_timeout_ms: int = Field(default=100, ge=1)
     chat_hold_ttl_ms: int = Field(default=30_000, ge=1_000)
     chat_settle_wait_ms: int = Field(default=5_000, ge=1)
 
@@ -42,12 +49,14 @@ class ChatSettings(ServiceSettings):
             max_tokens_default=self.chat_max_tokens_default,
             messages_max=self.chat_messages_max,
             prompt_chars_max=self.chat_prompt_chars_max,
+            choices_max=self.chat_choices_max,
             generations_max=self.chat_generations_max,
             count_timeout_s=self.chat_count_timeout_ms / 1000,
             first_chunk_timeout_s=self.chat_first_chunk_timeout_ms / 1000,
             chunk_timeout_s=self.chat_chunk_timeout_ms / 1000,
             generation_timeout_s=self.chat_generation_timeout_ms / 1000,
             send_timeout_s=self.chat_send_timeout_ms / 1000,
+            priority_plans=self.chat_priority_plans,
         )
 
     def metering_limits(self) -> MeteringLimits:

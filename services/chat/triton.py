@@ -23,7 +23,9 @@ import orjson
 from grpc import aio
 from tritonclient.grpc import service_pb2
 
-from services.chat.domain import Build, ChatRequest, Limits
+from services.chat.domain.answers import engine_fields
+from services.chat.domain.catalogue import Build
+from services.chat.domain.request import ChatRequest, Limits, Message
 from services.chat.errors import engine_down, engine_failed, engine_silent, from_engine
 from shared.errors import TollgateError
 from shared.metering import Usage
@@ -54,6 +56,7 @@ class Chunk(NamedTuple):
     delta: Mapping[str, Any]
     finish_reason: str | None
     usage: Usage
+    logprobs: Mapping[str, Any] | None = None
 
 
 class TritonClient:
@@ -65,17 +68,21 @@ class TritonClient:
 
     async def count(self, build: Build, request: ChatRequest, *, lost: Lost) -> int:
         """Tokens of the prompt, as this build's template renders it. Raises TollgateError."""
-        body = {"op": "count", "messages": _messages(request)}
+        shown = {name: value for name, value in engine_fields(request).items() if name in ("tools", "tool_choice")}
+        body = {"op": "count", "messages": _messages(request), **shown}
         timeout_s = self._limits.count_timeout_s
-        async with _Call(self._open(build, body, "", timeout_s), timeout_s, timeout_s, lost) as replies:
+        async with _Call(self._open(build, body, timeout_s, {}), timeout_s, timeout_s, lost) as replies:
             async for content in replies:
                 return int(orjson.loads(content)["prompt_tokens"])
         raise engine_failed("no answer to a count")
 
-    def chat(self, build: Build, request: ChatRequest, *, max_tokens: int, tenant: str, lost: Lost) -> Generation:
+    def chat(
+        self, build: Build, request: ChatRequest, *, max_tokens: int, tenant: str, lost: Lost, choice: int = 0
+    ) -> Generation:
         """Start generating at most `max_tokens`. Use the result as an async context manager and iterator."""
         limits = self._limits
-        call = self._open(build, _body(request, max_tokens), tenant, limits.generation_timeout_s)
+        parameters: dict[str, int | str] = {"tg_tenant": tenant, "tg_priority": int(request.priority)}
+        call = self._open(build, _body(request, max_tokens, choice), limits.generation_timeout_s, parameters)
         return Generation(_Call(call, limits.first_chunk_timeout_s, limits.chunk_timeout_s, lost))
 
     async def close(self) -> None:
@@ -83,7 +90,7 @@ class TritonClient:
             await channel.close(None)
 
     def _open(
-        self, build: Build, body: Mapping[str, Any], tenant: str, timeout_s: float
+        self, build: Build, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, int | str]
     ) -> aio.UnaryStreamCall[Any, Any]:
         channel = self._channels.get(build.triton_target)
         if channel is None:
@@ -97,7 +104,7 @@ class TritonClient:
         metadata: dict[str, str] = {}
         inject_trace(metadata)
         return method(
-            _request(build, orjson.dumps(body), tenant, timeout_s),
+            _request(build, orjson.dumps(body), timeout_s, parameters),
             timeout=timeout_s + DEADLINE_MARGIN_S,
             metadata=tuple(metadata.items()),
         )
@@ -193,33 +200,48 @@ class _Call:
         self._call.cancel()
 
 
-def _request(build: Build, content: bytes, tenant: str, timeout_s: float) -> Any:
+def _request(build: Build, content: bytes, timeout_s: float, parameters: Mapping[str, int | str]) -> Any:
     request = service_pb2.ModelInferRequest(model_name=build.triton_model, model_version=build.triton_version)
     request.inputs.add(name="REQUEST", datatype="BYTES", shape=[1])
     request.raw_input_contents.append(LENGTH_PREFIX.pack(len(content)) + content)
     request.parameters["timeout"].int64_param = int(timeout_s * 1_000_000)
-    if tenant:
-        request.parameters["tg_tenant"].string_param = tenant
+    for name, value in parameters.items():
+        if isinstance(value, int):
+            request.parameters[name].int64_param = value
+        else:
+            request.parameters[name].string_param = value
     return request
 
 
-def _body(request: ChatRequest, max_tokens: int) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": request.model, "messages": _messages(request), "max_tokens": max_tokens}
-    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"):
-        value = getattr(request, name)
-        if value is not None:
-            body[name] = value
-    if request.stop:
-        body["stop"] = request.stop
+def _body(request: ChatRequest, max_tokens: int, choice: int) -> dict[str, Any]:
+    body = {
+        "model": request.model,
+        "messages": _messages(request),
+        "max_tokens": max_tokens,
+        **request.sampling,
+        **engine_fields(request),
+    }
+    if choice and "seed" in body:
+        body["seed"] += choice  # the same seed would make the same choice again
     return body
 
 
-def _messages(request: ChatRequest) -> list[dict[str, str]]:
-    return [
-        {"role": m.role, "content": m.content} if m.name is None
-        else {"role": m.role, "content": m.content, "name": m.name}
-        for m in request.messages
-    ]  # fmt: skip
+def _messages(request: ChatRequest) -> list[dict[str, Any]]:
+    return [_message(m) for m in request.messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        fields["name"] = message.name
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.tool_calls
+        ]
+    return fields
 
 
 def _chunk(content: bytes) -> Chunk:
@@ -231,7 +253,7 @@ def _chunk(content: bytes) -> Chunk:
             counted["prompt_tokens_details"]["cached_tokens"],
             counted["completion_tokens"],
         )
-        return Chunk(choice["delta"], choice["finish_reason"], usage)
+        return Chunk(choice["delta"], choice["finish_reason"], usage, choice.get("logprobs"))
     except (ValueError, LookupError, TypeError) as e:
         raise engine_failed(f"a chunk outside the contract: {type(e).__name__}") from e
 

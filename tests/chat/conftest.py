@@ -25,6 +25,7 @@ from shared.rpc import billing_pb2_grpc, inference_pb2_grpc
 from shared.telemetry import GrpcMetrics
 from shared.web import Readiness
 from tests.chat.doubles import CatalogueDouble, Engine, Ledger, listen
+from tests.conftest import Components
 
 KEYS = f"k1:{base64.b64encode(b'c' * 32).decode()}"
 CALLER = Identity(kind="key", user_id="user", org_id="org", key_id="key", scopes=("chat", "models"))
@@ -59,6 +60,10 @@ class Chat:
         return 0.0
 
 
+LONG = [{"role": "user", "content": "Count to a hundred, slowly, and do not leave out a single number."}]
+"""A prompt whose bytes do not fit the double's context with an answer, so that the engine must count it."""
+
+
 def asking(**body: Any) -> dict[str, Any]:
     return {"model": "small", "messages": [{"role": "user", "content": "Count."}], **body}
 
@@ -85,7 +90,7 @@ async def serving(app: Any) -> AsyncIterator[str]:
 
 
 @pytest.fixture(scope="session")
-async def running() -> AsyncIterator[Chat]:
+async def running(components: Components) -> AsyncIterator[Chat]:
     ring = IdentityRing(KEYS, SystemClock())
     engine, ledger = Engine(), Ledger()
     triton = aio.server()
@@ -101,6 +106,7 @@ async def running() -> AsyncIterator[Chat]:
             "chat_http_listen": "127.0.0.1:0",
             "billing_grpc": await listen(billing),
             "inference_grpc": await listen(inference),
+            "redis_url": components.redis_url,
             "unleash_url": "http://127.0.0.1:9/api",  # nobody: Unleash is down from the start
             "unleash_token": "none",
             "chat_messages_max": 5,
@@ -112,6 +118,9 @@ async def running() -> AsyncIterator[Chat]:
             "chat_send_timeout_ms": 500,
             "chat_settle_wait_ms": 300,
             "chat_generations_max": 3,
+            "chat_choices_max": 3,
+            "chat_priority_plans": ["gold"],
+            "chat_breaker_failures_max": 10_000,  # the double fails on purpose
             "catalogue_refresh_ms": 100,
         }
     )
@@ -125,6 +134,7 @@ async def running() -> AsyncIterator[Chat]:
                 return (await client.get("/v1/models")).status_code == 200
 
             await until(has_models)
+        assert (await chat.complete()).status_code == 200  # which measures the template: see domain/prompt.py
         yield chat
         for task in tasks:
             task.cancel()

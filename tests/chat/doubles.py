@@ -12,7 +12,7 @@ from typing import Any
 from grpc import aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from shared.errors import TollgateError
+from shared.errors import PaymentRequired, TollgateError
 from shared.rpc import billing_pb2, billing_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 LENGTH_PREFIX = struct.Struct("<I")
@@ -64,12 +64,19 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
     def reset(self) -> None:
         self.chat: Script = three_words
         self.count: Script = self.count_seven
+        self.by_build: dict[str, Script] = {}
         self.requests: list[dict[str, Any]] = []
+        self.builds: list[str] = []
         self.parameters: list[dict[str, Any]] = []
         self.metadata: list[dict[str, Any]] = []
         self.sent = 0
         self.begun = asyncio.Event()
         self.stopped = asyncio.Event()
+
+    @property
+    def generated(self) -> list[dict[str, Any]]:
+        """What was asked for, without counts."""
+        return [r for r in self.requests if r.get("op") != "count"]
 
     @staticmethod
     async def count_seven(_: dict[str, Any]) -> AsyncIterator[Item]:
@@ -82,8 +89,10 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
             assert len(content) == LENGTH_PREFIX.unpack_from(content)[0] + LENGTH_PREFIX.size
             body = json.loads(content[LENGTH_PREFIX.size :])
             self.requests.append(body)
+            self.builds.append(request.model_name)
             self.parameters.append({k: v.int64_param or v.string_param for k, v in request.parameters.items()})
-            script = self.count if body.get("op") == "count" else self.chat
+            chat = self.by_build.get(request.model_name, self.chat)
+            script = self.count if body.get("op") == "count" else chat
             self.begun.set()
             try:
                 async for item in script(body):
@@ -126,10 +135,12 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
     async def Hold(self, request: Any, _: Any) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        self.holds.append(request)
         tokens = request.worst_case.output_tokens
-        if request.clamp and self.covered is not None:
-            tokens = min(tokens, self.covered)
+        if self.covered is not None and tokens > self.covered:
+            if not request.clamp:
+                raise PaymentRequired()
+            tokens = self.covered
+        self.holds.append(request)
         return billing_pb2.HoldReply(
             hold_id=request.hold_id, amount_nano=tokens + request.worst_case.input_tokens, output_tokens=tokens
         )

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from shared.errors import PaymentRequired, Unavailable
 from shared.identity import HEADER
-from tests.chat.conftest import Chat, asking
+from tests.chat.conftest import LONG, Chat, asking, until
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -32,6 +32,7 @@ async def test_a_completion_has_openais_shape_and_a_receipt(chat: Chat) -> None:
         "object": "chat.completion",
         "model": "small",
         "system_fingerprint": "small-a",
+        "service_tier": "default",
         "choices": [
             {
                 "index": 0,
@@ -46,7 +47,12 @@ async def test_a_completion_has_openais_shape_and_a_receipt(chat: Chat) -> None:
             "total_tokens": 10,
             "prompt_tokens_details": {"cached_tokens": 2},
         },
-        "tollgate": {"held": "0.000000017", "settled": "0.00000001", "build": "small-a"},
+        "tollgate": {
+            "held": "0.000000024",
+            "settled": "0.00000001",
+            "tokens": {"input": 7, "cached_input": 2, "output": 3},
+            "build": "small-a",
+        },
     }
     [settled] = chat.ledger.settled
     assert (settled.hold_id, settled.build, settled.finish_reason) == (hold_id, "small-a", "stop")
@@ -85,9 +91,8 @@ async def test_include_usage_adds_a_last_chunk_without_choices(chat: Chat) -> No
 
 async def test_the_engine_gets_what_was_asked_and_who_asked(chat: Chat) -> None:
     await chat.complete(max_completion_tokens=10, temperature=0.5, top_p=0.9, stop="x", seed=3, frequency_penalty=1)
-    counted, generated = chat.engine.requests
+    [generated] = chat.engine.requests
     messages = [{"role": "user", "content": "Count."}]
-    assert counted == {"op": "count", "messages": messages}
     assert generated == {
         "model": "small",
         "messages": messages,
@@ -98,8 +103,14 @@ async def test_the_engine_gets_what_was_asked_and_who_asked(chat: Chat) -> None:
         "seed": 3,
         "frequency_penalty": 1.0,
     }
-    assert chat.engine.parameters[1]["tg_tenant"] == "org"
-    assert chat.engine.parameters[1]["timeout"] == 300_000_000
+    assert chat.engine.parameters[0] == {"tg_tenant": "org", "tg_priority": 2, "timeout": 300_000_000}
+
+
+async def test_a_prompt_whose_bytes_may_not_fit_is_counted_before_its_hold(chat: Chat) -> None:
+    await chat.complete(messages=LONG, max_tokens=50)
+    counted, _ = chat.engine.requests
+    assert counted == {"op": "count", "messages": LONG}
+    assert chat.ledger.holds[0].worst_case.input_tokens == 7
 
 
 async def test_the_hold_covers_prompt_and_asked_tokens_and_names_the_payer(chat: Chat) -> None:
@@ -107,14 +118,15 @@ async def test_the_hold_covers_prompt_and_asked_tokens_and_names_the_payer(chat:
     [hold] = chat.ledger.holds
     assert (hold.org_id, hold.user_id, hold.key_id, hold.plan) == ("org", "user", "key", "default")
     assert (hold.model, hold.clamp) == ("small", False)
-    assert (hold.worst_case.input_tokens, hold.worst_case.output_tokens) == (7, 10)
+    assert (hold.worst_case.input_tokens, hold.worst_case.output_tokens) == (14, 10)
 
 
 async def test_without_a_limit_of_its_own_a_request_gets_what_the_wallet_covers(chat: Chat) -> None:
     chat.ledger.covered = 5
     await chat.complete()
-    assert (chat.ledger.holds[0].worst_case.output_tokens, chat.ledger.holds[0].clamp) == (40, True)
-    assert chat.engine.requests[1]["max_tokens"] == 5
+    [hold] = chat.ledger.holds
+    assert (hold.worst_case.input_tokens, hold.worst_case.output_tokens, hold.clamp) == (7, 40, True)
+    assert chat.engine.generated[0]["max_tokens"] == 5
 
 
 async def test_what_the_context_cannot_hold_is_refused_without_a_hold(chat: Chat) -> None:
@@ -151,7 +163,7 @@ async def test_the_answer_is_complete_when_billing_is_away_at_its_end(chat: Chat
     assert body["choices"][0]["message"]["content"] == "one two three"
     assert body["tollgate"]["settled"] is None
     chat.ledger.outage = None
-    await chat.ledger.resolved.wait()
+    await until(chat.ledger.is_quiet)
     assert chat.ledger.settled[0].hold_id == body["tollgate"]["hold_id"]
 
 
@@ -246,7 +258,7 @@ async def test_a_sampled_trace_reaches_the_engine_and_only_a_sampled_one(
         headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-{flags}"}
         await client.post("/v1/chat/completions", json=asking(), headers=headers)
     joined = [m["traceparent"].split("-")[1] for m in chat.engine.metadata if "traceparent" in m]
-    assert joined == ([trace_id] * 2 if is_joined else [])
+    assert joined == ([trace_id] if is_joined else [])
 
 
 async def test_prompts_and_answers_are_never_logged(chat: Chat) -> None:

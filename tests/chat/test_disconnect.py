@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.chat.conftest import Chat, asking, until
+from tests.chat.conftest import LONG, Chat, asking, until
 from tests.chat.doubles import Item, chunk, for_ever
 
 STREAMS = "tollgate_chat_streams"
@@ -39,7 +39,7 @@ async def test_leaving_before_the_first_token_stops_the_engine_and_voids_the_hol
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking(stream=stream)))
 
         async def generating() -> bool:
-            return len(chat.engine.requests) == 2
+            return bool(chat.engine.generated)
 
         await until(generating)
         asked.cancel()
@@ -52,7 +52,7 @@ async def test_leaving_before_the_first_token_stops_the_engine_and_voids_the_hol
 async def test_leaving_while_the_prompt_is_counted_holds_nothing(chat: Chat) -> None:
     chat.engine.count = for_ever
     async with chat.client() as client:
-        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking(messages=LONG, max_tokens=50)))
         await asyncio.wait_for(chat.engine.begun.wait(), SOON_S)
         asked.cancel()
         await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.chat.domain import Build, BuildState, Model, choose_build, output_budget
+from services.chat.domain.catalogue import Build, BuildState, Model, fallback_chain, output_budget
 from services.chat.errors import from_engine
 from shared.errors import InvalidRequest
 from shared.money import format_credits
@@ -33,15 +33,16 @@ READY, LOADING, GONE = BuildState.READY, BuildState.LOADING, BuildState.UNAVAILA
         ((READY, LOADING), "b", "a"),
         ((READY, GONE), "b", "a"),
         ((LOADING, READY), "b", "b"),
-        ((LOADING, READY), None, None),
+        ((LOADING, READY), None, "b"),
         ((GONE, GONE), "b", None),
     ],
 )
-def test_a_wanted_build_serves_when_ready_else_the_stable_one(
+def test_a_wanted_build_serves_when_ready_else_the_stable_one_else_any_other(
     states: tuple[BuildState, BuildState], wanted: str | None, served: str | None
 ) -> None:
-    chosen = choose_build(model(*states), wanted)
-    assert (chosen.name if chosen else None) == served
+    chain = fallback_chain(model(*states), wanted)
+    assert (chain[0].name if chain else None) == served
+    assert len(chain) == states.count(READY)
 
 
 def test_a_model_promises_the_least_context_of_its_builds() -> None:

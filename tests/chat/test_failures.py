@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.chat.conftest import Chat, asking, until
+from tests.chat.conftest import LONG, Chat, asking, until
 from tests.chat.doubles import EngineError, Item, Script, chunk, for_ever
 
 
@@ -62,7 +62,7 @@ async def test_a_failure_before_the_first_token_has_its_status_and_voids_the_hol
 @pytest.mark.parametrize("case", ["a failure", "a model that is not loaded", "nothing at all", "silence"])
 async def test_a_failure_while_counting_takes_no_hold(chat: Chat, case: str) -> None:
     chat.engine.count, status, code = BEFORE[case]
-    answer = await chat.complete()
+    answer = await chat.complete(messages=LONG, max_tokens=50)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert chat.ledger.holds == []
 
@@ -115,19 +115,19 @@ async def test_silence_stops_the_engine(chat: Chat) -> None:
 
 
 async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Chat) -> None:
-    chat.engine.chat = for_ever
+    chat.engine.by_build = {"small-a": for_ever, "small-b": failing(EngineError("queue_full"))}
     async with chat.client() as client:
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
 
         async def generating() -> bool:
-            return len(chat.engine.requests) == 2
+            return bool(chat.engine.generated)
 
         await until(generating)
         began = time.monotonic()
         chat.catalogue.lost.add("small-a")
         answer = await asked
         assert time.monotonic() - began < FIRST_CHUNK_TIMEOUT_S - 0.5
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
         assert int(answer.headers["retry-after"]) >= 1
     await asyncio.wait_for(chat.engine.stopped.wait(), 2)
     assert [v.reason for v in chat.ledger.voided] == ["error"]
@@ -172,10 +172,10 @@ async def test_generations_beyond_the_limit_are_refused_and_leave_no_trace(chat:
 
 
 async def test_the_outcome_is_counted_by_model_and_build(chat: Chat) -> None:
-    line = 'tollgate_chat_requests_total{build="small-a",model="small",outcome="%s"}'
-    before = await chat.metric(line % "stop"), await chat.metric(line % "engine_error")
+    line = 'tollgate_chat_requests_total{build="%s",model="small",outcome="%s"}'
+    before = await chat.metric(line % ("small-a", "stop")), await chat.metric(line % ("small-b", "engine_error"))
     await chat.complete()
     chat.engine.chat = failing(EngineError("engine_error"))
     await chat.complete()
-    assert await chat.metric(line % "stop") == before[0] + 1
-    assert await chat.metric(line % "engine_error") == before[1] + 1
+    assert await chat.metric(line % ("small-a", "stop")) == before[0] + 1
+    assert await chat.metric(line % ("small-b", "engine_error")) == before[1] + 1

@@ -7,21 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.chat.domain import ChatRequest, Limits, Message
-from services.chat.routes.schemas import NEUTRAL, ChatCompletionBody, parse
+from services.chat.domain.request import ChatRequest, Limits, Message, Priority, Tool, ToolCall, ToolUse
+from services.chat.domain.schema import Constraint
+from services.chat.routes.bodies import NEUTRAL
+from services.chat.routes.schemas import ChatCompletionBody, parse
 from shared.errors import InvalidRequest
 
 LIMITS = Limits(
     max_tokens_default=40,
     messages_max=5,
     prompt_chars_max=100,
-    generations_max=1,
+    choices_max=4,
+    generations_max=4,
     count_timeout_s=1,
     first_chunk_timeout_s=1,
     chunk_timeout_s=1,
     generation_timeout_s=1,
     send_timeout_s=1,
 )
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 HELLO = {"role": "user", "content": "Hello"}
 
 
@@ -46,6 +52,8 @@ def test_everything_that_is_served_arrives() -> None:
                 "name": "ann",
             },
             {"role": "assistant", "content": "Yes?", "refusal": None, "tool_calls": None, "audio": None},
+            {"role": "assistant", "tool_calls": [CALL]},
+            {"role": "tool", "content": "22", "tool_call_id": "call_1"},
         ],
         max_completion_tokens=9,
         temperature=2,
@@ -56,19 +64,47 @@ def test_everything_that_is_served_arrives() -> None:
         seed=-1,
         stream=True,
         stream_options={"include_usage": True},
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
+        logit_bias={"17": -100, "18": 0.5},
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}},
+        tools=[{"type": "function", "function": {"name": "weather", "description": "Of now.", "parameters": CITY}}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        parallel_tool_calls=False,
+        service_tier="flex",
+        store=True,
+        metadata={"a": "b"},
     )
     assert request == ChatRequest(
         model="m",
-        messages=(Message("system", "Be brief."), Message("user", "Hello", "ann"), Message("assistant", "Yes?")),
+        messages=(
+            Message("system", "Be brief."),
+            Message("user", "Hello", "ann"),
+            Message("assistant", "Yes?"),
+            Message("assistant", None, tool_calls=(ToolCall("call_1", "weather", "{}"),)),
+            Message("tool", "22", tool_call_id="call_1"),
+        ),
         max_tokens=9,
-        temperature=2.0,
-        top_p=0.5,
-        presence_penalty=-2.0,
-        frequency_penalty=2.0,
-        stop=("a", "b"),
-        seed=-1,
+        n=2,
+        sampling={
+            "temperature": 2.0,
+            "top_p": 0.5,
+            "presence_penalty": -2.0,
+            "frequency_penalty": 2.0,
+            "stop": ["a", "b"],
+            "seed": -1,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "logit_bias": {"17": -100.0, "18": 0.5},
+        },
+        document=Constraint(CITY, "p"),
+        tool_use=ToolUse((Tool("weather", "Of now.", Constraint(CITY, "p")),), "required", "weather", parallel=False),
         stream=True,
         include_usage=True,
+        priority=Priority.FLEX,
+        store=True,
+        metadata={"a": "b"},
     )
 
 
@@ -78,7 +114,7 @@ def test_null_everywhere_is_the_default() -> None:
 
 
 def test_unknown_fields_and_hints_are_tolerated() -> None:
-    assert asked(user="u", metadata={"a": "b"}, frobnicate=[1], safety_identifier="x", prompt_cache_key="y") == asked()
+    assert asked(user="u", frobnicate=[1], safety_identifier="x", prompt_cache_key="y") == asked()
 
 
 @pytest.mark.parametrize("name", sorted(set(NEUTRAL) & set(ChatCompletionBody.model_fields)))
@@ -94,15 +130,49 @@ def test_fields_that_are_not_served_yet_are_refused_by_name_unless_neutral(name:
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
-        ({"n": 2}, "unsupported_parameter", "n"),
-        ({"n": True}, "unsupported_parameter", "n"),
-        ({"logprobs": True}, "unsupported_parameter", "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+        ({"n": 5}, "invalid_value", "n"),
+        ({"n": 0}, "invalid_value", "n"),
+        ({"n": True}, "invalid_type", "n"),
+        ({"logprobs": 1}, "invalid_type", "logprobs"),
+        ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+        ({"logit_bias": {"a": 1}}, "invalid_value", "logit_bias.a.[key]"),
+        ({"logit_bias": {"1": 101}}, "invalid_value", "logit_bias.1"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "missing_required_parameter",
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}}},
+            "invalid_schema",
+            "response_format.json_schema.schema",
+        ),
+        ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function"),
+        ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
+        ({"tools": [WEATHER, WEATHER]}, "invalid_value", "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "invalid_value",
+            "tools[0].function.name",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"$ref": "http://a/b"}}}]},
+            "invalid_schema",
+            "tools[0].function.parameters",
+        ),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        ({"tool_choice": "perhaps"}, "invalid_value", "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {**WEATHER, "function": {"name": "b"}}}, "invalid_value", "tool_choice"),
+        ({"service_tier": "gold"}, "invalid_value", "service_tier"),
+        ({"metadata": {"a": 1}}, "invalid_type", "metadata.a"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "invalid_value", "metadata"),
         ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "unsupported_parameter", "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "missing_required_parameter", "messages[0].tool_call_id"),
         ({"messages": [HELLO, {"role": "function", "content": "x"}]}, "unsupported_parameter", "messages[1].role"),
-        ({"messages": [{**HELLO, "tool_calls": [1]}]}, "unsupported_parameter", "messages[0].tool_calls"),
+        ({"messages": [{**HELLO, "tool_calls": [1]}]}, "invalid_type", "messages[0].tool_calls[0]"),
+        ({"messages": [{**HELLO, "tool_calls": [CALL]}]}, "invalid_value", "messages[0].tool_calls"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}]},
             "unsupported_parameter",
@@ -113,7 +183,7 @@ def test_fields_that_are_not_served_yet_are_refused_by_name_unless_neutral(name:
         ({"messages": ["x"]}, "invalid_type", "messages[0]"),
         ({"messages": [{"content": "x"}]}, "missing_required_parameter", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages[0].content"),
-        ({"messages": [{"role": "user", "content": None}]}, "invalid_type", "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "missing_required_parameter", "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "invalid_type", "messages[0].content"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_value", "messages[0].role"),
         ({"messages": [{"role": 5, "content": "x"}]}, "invalid_value", "messages[0].role"),

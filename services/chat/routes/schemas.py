@@ -1,70 +1,64 @@
 """OpenAI's chat completion body, checked.
 
-Unknown fields are ignored. Fields that OpenAI knows and this server does not serve yet are refused by name
-(`unsupported_parameter`), unless they carry the value that changes nothing: NEUTRAL lists those.
+Unknown fields are ignored. Fields that OpenAI knows and this server does not serve are refused by name
+(`unsupported_parameter`), unless they carry the value that changes nothing: bodies.NEUTRAL lists those.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
 
-from services.chat.domain import ChatRequest, Limits, Message, Role
+from services.chat.domain.request import ChatRequest, Limits, Message, Priority, Role, ToolCall
+from services.chat.routes.bodies import (
+    INT64_MAX,
+    METADATA_KEY_CHARS_MAX,
+    METADATA_MAX,
+    METADATA_VALUE_CHARS_MAX,
+    MODEL_CHARS_MAX,
+    NAME_CHARS_MAX,
+    UNSUPPORTED,
+    Body,
+    read,
+    refuse_unsupported,
+)
+from services.chat.routes.tools import FormatBody, FunctionName, ToolBody, ToolChoiceBody, document, tool_use
 from shared.errors import InvalidRequest
 
-UNSUPPORTED = "unsupported_parameter"
 STOP_MAX = 4
 STOP_CHARS_MAX = 512
-MODEL_CHARS_MAX = 256
-NAME_CHARS_MAX = 64
-INT64_MAX = 2**63 - 1
+TOP_LOGPROBS_MAX = 20
+BIASES_MAX = 300
+TOOL_CALLS_MAX = 128
+CALL_ID_CHARS_MAX = 64
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
-    "reasoning_effort": (None, "none"),
-    "verbosity": (None, "medium"),
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
-}
+_ROLES: dict[str, Role] = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+}  # fmt: skip
+_TIERS = {"priority": Priority.PRIORITY, "flex": Priority.FLEX}
 
-_TAG = "$"  # begins the names of a union's members, which pydantic puts into the place of an error
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(max_length=METADATA_KEY_CHARS_MAX)],
+        Annotated[str, Field(max_length=METADATA_VALUE_CHARS_MAX)],
+    ],
+    Field(max_length=METADATA_MAX),
+]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=BIASES_MAX),
+]
+StopText = Annotated[str, Field(min_length=1, max_length=STOP_CHARS_MAX)]
+Stop = Annotated[
+    Annotated[StopText, Tag("$one")] | Annotated[list[StopText], Field(max_length=STOP_MAX), Tag("$several")],
+    Discriminator(lambda v: "$several" if isinstance(v, list) else "$one"),
+]
 
 
-def _is_neutral(name: str, value: Any) -> bool:
-    return any(type(value) is type(n) and value == n for n in NEUTRAL[name])
-
-
-def _refuse_unsupported(value: Any, info: ValidationInfo) -> Any:
-    name = info.field_name
-    assert name is not None
-    if not _is_neutral(name, value):
-        raise PydanticCustomError(UNSUPPORTED, "'{name}' is not supported here yet.", {"name": name})
-    return value
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class TextPart(_Body):
-    """One part of a message's content. Only text is served yet."""
+class TextPart(Body):
+    """One part of a message's content. Only text is served."""
 
     type: Literal["text"]
     text: str
@@ -73,142 +67,200 @@ class TextPart(_Body):
     @classmethod
     def _only_text(cls, value: Any) -> Any:
         if isinstance(value, str) and value != "text":
-            raise PydanticCustomError(UNSUPPORTED, "Only parts of type 'text' are supported here yet.")
+            raise PydanticCustomError(UNSUPPORTED, "Only parts of type 'text' are supported here.")
         return value
 
 
-class MessageBody(_Body):
-    """One message of the conversation. `developer` is read as `system`."""
+class CalledFunction(Body):
+    """What was called, with the arguments as the model wrote them."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("$text")] | Annotated[list[TextPart], Tag("$parts")],
-        Discriminator(lambda v: "$parts" if isinstance(v, list) else "$text"),
-    ]
+    name: FunctionName
+    arguments: str
+
+
+class ToolCallBody(Body):
+    """A call that the assistant made."""
+
+    id: str = Field(min_length=1, max_length=CALL_ID_CHARS_MAX)
+    type: Literal["function"]
+    function: CalledFunction
+
+
+Content = Annotated[
+    Annotated[str, Tag("$text")] | Annotated[list[TextPart], Tag("$parts")],
+    Discriminator(lambda v: "$parts" if isinstance(v, list) else "$text"),
+]
+
+
+class MessageBody(Body):
+    """One message of the conversation. `developer` is read as `system`; an assistant's may have calls instead of text.
+
+    A `tool` message answers the call of its `tool_call_id`.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: str | None = Field(default=None, max_length=NAME_CHARS_MAX)
-    tool_calls: Any = Field(default=None, description="Not supported yet.")
-    tool_call_id: Any = Field(default=None, description="Not supported yet.")
-    function_call: Any = Field(default=None, description="Not supported yet.")
-    audio: Any = Field(default=None, description="Not supported yet.")
+    tool_calls: list[ToolCallBody] | None = Field(default=None, max_length=TOOL_CALLS_MAX)
+    tool_call_id: str | None = Field(default=None, min_length=1, max_length=CALL_ID_CHARS_MAX)
+    function_call: Any = Field(default=None, description="Not supported: use tool_calls.")
+    audio: Any = Field(default=None, description="Not supported.")
 
-    _unsupported = field_validator("tool_calls", "tool_call_id", "function_call", "audio", mode="before")(
-        _refuse_unsupported
-    )
+    _unsupported = field_validator("function_call", "audio", mode="before")(refuse_unsupported)
 
     @field_validator("role", mode="before")
     @classmethod
-    def _no_tools(cls, value: Any) -> Any:
-        if value in ("tool", "function"):
-            raise PydanticCustomError(UNSUPPORTED, "The role '{role}' is not supported here yet.", {"role": value})
+    def _no_functions(cls, value: Any) -> Any:
+        if value == "function":
+            raise PydanticCustomError(UNSUPPORTED, "The role 'function' is not supported here; use 'tool'.")
         return value
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+    def text(self) -> str | None:
+        if isinstance(self.content, list):
+            return "".join(p.text for p in self.content)
+        return self.content
+
+    def message(self, place: str) -> Message:
+        """Raises InvalidRequest for a role without what it needs."""
+        if self.role == "tool" and self.tool_call_id is None:
+            raise _missing(f"{place}.tool_call_id")
+        calls = tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in self.tool_calls or ())
+        if calls and self.role != "assistant":
+            raise InvalidRequest("Only an assistant calls tools.", code="invalid_value", param=f"{place}.tool_calls")
+        if self.content is None and not calls:
+            raise _missing(f"{place}.content")
+        return Message(_ROLES[self.role], self.text, self.name, calls, self.tool_call_id)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = Field(default=None, description="Send a last chunk with the usage and no choices.")
 
 
-class ChatCompletionBody(_Body):
-    """OpenAI's chat completion request."""
+class Sampling(Body):
+    """How tokens are chosen and when they end: the same for chat and plain completions."""
 
     model: str = Field(min_length=1, max_length=MODEL_CHARS_MAX, description="A model's alias: see GET /v1/models.")
-    messages: list[MessageBody] = Field(min_length=1)
     stream: bool | None = Field(default=None, description="Send the answer as server-sent events, as it comes.")
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        le=INT64_MAX,
-        description="The most tokens to generate. Refused when credits do not cover it.",
-    )
-    max_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX, description="Older name of max_completion_tokens.")
+    max_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX, description="The most tokens of each choice.")
+    n: int | None = Field(default=None, ge=1, description="How many choices; each is generated by itself.")
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    stop: (
-        Annotated[
-            Annotated[str, Field(min_length=1, max_length=STOP_CHARS_MAX), Tag("$one")]
-            | Annotated[
-                list[Annotated[str, Field(min_length=1, max_length=STOP_CHARS_MAX)]],
-                Field(max_length=STOP_MAX),
-                Tag("$several"),
-            ],
-            Discriminator(lambda v: "$several" if isinstance(v, list) else "$one"),
-        ]
-        | None
-    ) = Field(default=None, description="Up to four strings that end the answer.")
+    logit_bias: Biases | None = Field(
+        default=None, description="Added to the tokens' logits, by the token's number in the model's vocabulary."
+    )
+    stop: Stop | None = Field(default=None, description="Up to four strings that end the answer.")
     seed: int | None = Field(default=None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    user: str | None = Field(default=None, description="Accepted and ignored.")
-    metadata: dict[str, Any] | None = Field(default=None, description="Accepted and ignored.")
-    parallel_tool_calls: bool | None = Field(default=None, description="Accepted and ignored.")
-    n: Any = Field(default=None, description="Only 1 is supported yet.")
-    logprobs: Any = Field(default=None, description="Only false is supported yet.")
-    top_logprobs: Any = Field(default=None, description="Only 0 is supported yet.")
-    logit_bias: Any = Field(default=None, description="Not supported yet.")
-    tools: Any = Field(default=None, description="Not supported yet.")
-    tool_choice: Any = Field(default=None, description="Only `none` and `auto` are supported yet.")
-    functions: Any = Field(default=None, description="Not supported yet.")
-    function_call: Any = Field(default=None, description="Not supported yet.")
-    response_format: Any = Field(default=None, description='Only `{"type": "text"}` is supported yet.')
-    modalities: Any = Field(default=None, description='Only `["text"]` is supported yet.')
-    audio: Any = Field(default=None, description="Not supported yet.")
-    prediction: Any = Field(default=None, description="Not supported yet.")
-    web_search_options: Any = Field(default=None, description="Not supported yet.")
-    store: Any = Field(default=None, description="Only false is supported yet.")
-    service_tier: Any = Field(default=None, description="Only `auto` and `default` are supported yet.")
-    reasoning_effort: Any = Field(default=None, description="Only `none` is supported yet.")
-    verbosity: Any = Field(default=None, description="Only `medium` is supported yet.")
+    user: str | None = Field(default=None, description="Accepted and ignored: the key says who asks.")
+
+    def sampling(self) -> dict[str, Any]:
+        """What the engine gets as it is."""
+        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
+        fields = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.stop:
+            fields["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        return fields
+
+    def check(self, limits: Limits) -> None:
+        """Raises InvalidRequest for what depends on several fields or on the settings."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options goes with stream: true.", code="invalid_value", param="stream_options")
+        if (self.n or 1) > limits.choices_max:
+            raise InvalidRequest(f"n is at most {limits.choices_max} here.", code="invalid_value", param="n")
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatCompletionBody(Sampling):
+    """OpenAI's chat completion request."""
+
+    messages: list[MessageBody] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=INT64_MAX,
+        description="The most tokens to generate for each choice. Refused when credits do not cover it.",
+    )
+    max_tokens: int | None = Field(default=None, ge=1, le=INT64_MAX, description="Older name of max_completion_tokens.")
+    logprobs: bool | None = Field(default=None, description="Give the log probability of every token.")
+    top_logprobs: int | None = Field(default=None, ge=0, le=TOP_LOGPROBS_MAX, description="Goes with logprobs: true.")
+    response_format: FormatBody | None = None
+    tools: list[ToolBody] | None = Field(default=None, max_length=TOOL_CALLS_MAX)
+    tool_choice: ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = Field(
+        default=None, description="`flex` waits behind the others; `priority` is for plans that have it."
+    )
+    store: bool | None = Field(default=None, description="Keep the completion, for GET /v1/chat/completions.")
+    metadata: Metadata | None = Field(default=None, description="Kept with a stored completion.")
+    functions: Any = Field(default=None, description="Not supported: use tools.")
+    function_call: Any = Field(default=None, description="Not supported: use tool_choice.")
+    modalities: Any = Field(default=None, description='Only `["text"]` is supported.')
+    audio: Any = Field(default=None, description="Not supported.")
+    prediction: Any = Field(default=None, description="Not supported.")
+    web_search_options: Any = Field(default=None, description="Not supported.")
+    reasoning_effort: Any = Field(default=None, description="Only `none` is supported.")
+    verbosity: Any = Field(default=None, description="Only `medium` is supported.")
 
     _unsupported = field_validator(
-        "n", "logprobs", "top_logprobs", "logit_bias", "tools", "tool_choice", "functions", "function_call",
-        "response_format", "modalities", "audio", "prediction", "web_search_options", "store", "service_tier",
+        "functions", "function_call", "modalities", "audio", "prediction", "web_search_options",
         "reasoning_effort", "verbosity", mode="before",
-    )(_refuse_unsupported)  # fmt: skip
+    )(refuse_unsupported)  # fmt: skip
+
+    def sampling(self) -> dict[str, Any]:
+        fields = super().sampling()
+        if self.logprobs:
+            fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        return fields
+
+    def check(self, limits: Limits) -> None:
+        super().check(limits)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs goes with logprobs: true.", code="invalid_value", param="top_logprobs")
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens differ; give one of them.",
+                code="invalid_value",
+                param="max_tokens",
+            )
 
 
 def parse(content: bytes, limits: Limits) -> ChatRequest:
     """The body as a request. Raises InvalidRequest that names the field, as `param`, and never echoes a value."""
-    try:
-        body = ChatCompletionBody.model_validate_json(content)
-    except ValidationError as e:
-        raise _refusal(e.errors(include_url=False, include_input=False)[0]) from None
-    _check_sizes(body, limits)
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options goes with stream: true.", code="invalid_value", param="stream_options")
+    body = read(content, ChatCompletionBody)
+    body.check(limits)
+    messages = tuple(m.message(f"messages[{i}]") for i, m in enumerate(body.messages))
+    check_sizes(messages, limits)
     return ChatRequest(
         model=body.model,
-        messages=tuple(Message(_ROLES[m.role], m.text, m.name) for m in body.messages),
-        max_tokens=_max_tokens(body),
-        temperature=body.temperature,
-        top_p=body.top_p,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-        seed=body.seed,
+        messages=messages,
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        n=body.n or 1,
+        sampling=body.sampling(),
+        document=document(body.response_format),
+        tool_use=tool_use(body.tools, body.tool_choice, body.parallel_tool_calls),
         stream=bool(body.stream),
-        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        include_usage=body.include_usage,
+        priority=_TIERS.get(body.service_tier or "", Priority.DEFAULT),
+        store=bool(body.store),
+        metadata=body.metadata or {},
     )
 
 
-def _max_tokens(body: ChatCompletionBody) -> int | None:
-    old, new = body.max_tokens, body.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        raise InvalidRequest(
-            "max_tokens and max_completion_tokens differ; give one of them.", code="invalid_value", param="max_tokens"
-        )
-    return old if new is None else new
-
-
-def _check_sizes(body: ChatCompletionBody, limits: Limits) -> None:
-    if len(body.messages) > limits.messages_max:
+def check_sizes(messages: tuple[Message, ...], limits: Limits) -> None:
+    """Raises InvalidRequest for too many messages or characters."""
+    if len(messages) > limits.messages_max:
         raise InvalidRequest(
             f"There are more than {limits.messages_max} messages.", code="array_above_max_length", param="messages"
         )
-    if sum(len(m.text) for m in body.messages) > limits.prompt_chars_max:
+    calls = sum(len(c.arguments) for m in messages for c in m.tool_calls)
+    if sum(len(m.content or "") for m in messages) + calls > limits.prompt_chars_max:
         raise InvalidRequest(
             f"The messages have more than {limits.prompt_chars_max} characters.",
             code="string_above_max_length",
@@ -216,26 +268,5 @@ def _check_sizes(body: ChatCompletionBody, limits: Limits) -> None:
         )
 
 
-def _refusal(problem: ErrorDetails) -> InvalidRequest:
-    kind, param = problem["type"], _param(problem["loc"])
-    if kind == "json_invalid":
-        return InvalidRequest("The body is not valid JSON.", code="invalid_json")
-    if kind == UNSUPPORTED:
-        return InvalidRequest(problem["msg"], code=UNSUPPORTED, param=param)
-    if param is None:
-        return InvalidRequest("The body must be a JSON object.", code="invalid_type")
-    if kind == "missing":
-        return InvalidRequest(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
-    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    return InvalidRequest(f"Invalid value for '{param}': {problem['msg']}.", code=code, param=param)
-
-
-def _param(place: tuple[int | str, ...]) -> str | None:
-    """pydantic's place as OpenAI writes it: messages[0].content[1].text."""
-    text = ""
-    for part in place:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif not part.startswith(_TAG):
-            text += f".{part}" if text else part
-    return text or None
+def _missing(param: str) -> InvalidRequest:
+    return InvalidRequest(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)

@@ -1,54 +1,12 @@
-"""A completion's request, the catalogue that serves it, and the rules between them. Pure."""
+"""Models and their builds, and which of them serves a request."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
 
 from services.chat.errors import context_length_exceeded
-
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Every limit of this service; where they come from is settings.py."""
-
-    max_tokens_default: int
-    messages_max: int
-    prompt_chars_max: int
-    generations_max: int
-    count_timeout_s: float
-    first_chunk_timeout_s: float
-    chunk_timeout_s: float
-    generation_timeout_s: float
-    send_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Role
-    content: str
-    name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """A valid request. `max_tokens` None: the client set no limit of its own."""
-
-    model: str
-    messages: tuple[Message, ...]
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    stream: bool = False
-    include_usage: bool = False
 
 
 class BuildState(Enum):
@@ -92,6 +50,12 @@ class Model:
         """What every build can serve: the least of their contexts."""
         return min((b.context_tokens for b in self.builds.values()), default=0)
 
+    @property
+    def state(self) -> BuildState:
+        """Ready when any build is; else loading when any is."""
+        states = {b.state for b in self.builds.values()}
+        return next((s for s in (BuildState.READY, BuildState.LOADING) if s in states), BuildState.UNAVAILABLE)
+
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
@@ -99,23 +63,14 @@ class Catalogue:
     revision: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a request cost. `settled_nano` None: the ledger has not answered yet; it settles later."""
+def fallback_chain(model: Model, wanted: str | None) -> tuple[Build, ...]:
+    """The builds that may serve, best first: the wanted one, the stable one, then the others as the catalogue has them.
 
-    hold_id: str
-    build: str
-    held_nano: int
-    settled_nano: int | None
-
-
-def choose_build(model: Model, wanted: str | None) -> Build | None:
-    """The wanted build when it is ready, else the stable one when that is, else None."""
-    for name in (wanted, model.stable_build):
-        build = model.builds.get(name) if name else None
-        if build is not None and build.is_ready:
-            return build
-    return None
+    Only what is ready. All of them cost the same: the price is the alias's.
+    """
+    names = dict.fromkeys((*((wanted,) if wanted else ()), model.stable_build, *model.builds))
+    builds = (model.builds.get(name) for name in names)
+    return tuple(b for b in builds if b is not None and b.is_ready)
 
 
 def output_budget(asked: int | None, *, default: int, prompt_tokens: int, context_tokens: int) -> int:

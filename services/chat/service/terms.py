@@ -1,0 +1,143 @@
+"""What a completion may use, agreed before the engine starts: tokens of the minute, credits of the wallet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from services.chat.domain.catalogue import Build, output_budget
+from services.chat.domain.prompt import PROBES, Template
+from services.chat.domain.request import ChatRequest, Limits
+from services.chat.errors import TOKENS_ABOVE_LIMIT, not_covered, too_many_tokens
+from services.chat.triton import Lost, TritonClient
+from shared.errors import InvalidRequest, PaymentRequired, RateLimited, TollgateError
+from shared.identity import Identity
+from shared.limits import TokenLimiter, TokenSubject, token_headers
+from shared.metering import Hold, Metering, Price
+from shared.telemetry import get_logger
+
+log = get_logger(__name__)
+
+TEMPLATES_MAX = 1_000
+# Refusals of a bound that the count may yet avoid.
+_WORTH_COUNTING = frozenset({"insufficient_quota", "credits_reserved", "rate_limit_exceeded", TOKENS_ABOVE_LIMIT})
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """`prompt_tokens` at most, and `output_tokens`, are for each choice.
+
+    `is_clamped`: the wallet covers fewer output tokens than the request would have had.
+    """
+
+    hold: Hold
+    prompt_tokens: int
+    output_tokens: int
+    is_clamped: bool
+    headers: Mapping[str, str]
+
+
+class Treasury:
+    """Makes terms. A short prompt is bounded by its bytes; only what may not fit, or is not covered so, is counted."""
+
+    def __init__(self, metering: Metering, tokens: TokenLimiter, triton: TritonClient, limits: Limits) -> None:
+        self._metering = metering
+        self._tokens = tokens
+        self._triton = triton
+        self._limits = limits
+        self._templates: dict[tuple[str, str], Template | None] = {}
+
+    async def prices(self, caller: Identity) -> dict[str, Price]:
+        """The caller's prices by alias; empty while billing is away, since a list of models must not wait for it."""
+        try:
+            prices = await self._metering.prices(org_id=caller.org_id, plan=caller.plan)
+        except TollgateError as e:
+            log.warning("prices_unknown", code=e.code)
+            return {}
+        return {p.model: p for p in prices}
+
+    async def terms(
+        self, stack: AsyncExitStack, request: ChatRequest, caller: Identity, build: Build, *, lost: Lost
+    ) -> Terms:
+        """Enter reservation and hold into `stack`. Raises TollgateError: then nothing is held.
+
+        First with the bound of the prompt. When that is refused, or does not fit the context, with its count.
+        """
+        asked = request.max_tokens
+        bound = self._bound(request, build)
+        wanted = self._limits.max_tokens_default if asked is None else asked
+        if bound is not None and bound + wanted <= build.context_tokens:
+            try:
+                return await self._agree(stack, request, caller, bound, wanted, clamp=False)
+            except (PaymentRequired, RateLimited, InvalidRequest) as e:
+                if e.code not in _WORTH_COUNTING:
+                    raise
+        prompt_tokens = await self._triton.count(build, request, lost=lost)
+        budget = output_budget(
+            asked,
+            default=self._limits.max_tokens_default,
+            prompt_tokens=prompt_tokens,
+            context_tokens=build.context_tokens,
+        )
+        terms = await self._agree(stack, request, caller, prompt_tokens, budget, clamp=asked is None)
+        await self._learn(build, lost)
+        return terms
+
+    async def _agree(
+        self,
+        stack: AsyncExitStack,
+        request: ChatRequest,
+        caller: Identity,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        clamp: bool,
+    ) -> Terms:
+        """Every choice reads the prompt and may write `output_tokens`."""
+        choices = request.n
+        subject = TokenSubject(caller.org_id, caller.limit_id, caller.tokens_per_minute)
+        async with AsyncExitStack() as own:
+            decision = await self._tokens.reserve(subject, choices * (prompt_tokens + output_tokens))
+            headers = token_headers(decision)
+            if not decision.admitted:
+                raise too_many_tokens(decision.retry_after_s, headers, never_fits=decision.never_fits)
+            hold = self._metering.hold(
+                caller,
+                model=request.model,
+                input_tokens=choices * prompt_tokens,
+                max_output_tokens=choices * output_tokens,
+                clamp=clamp,
+            )
+            own.callback(lambda: self._tokens.settle(decision.reservation, _used(hold)))
+            await own.enter_async_context(hold)
+            covered = hold.output_tokens // choices
+            if covered < 1:
+                raise not_covered()
+            stack.push_async_exit(own.pop_all())
+        return Terms(hold, prompt_tokens, covered, covered < output_tokens, headers)
+
+    def _bound(self, request: ChatRequest, build: Build) -> int | None:
+        template = self._templates.get((build.name, build.triton_version))
+        return template.bound(request) if template is not None else None
+
+    async def _learn(self, build: Build, lost: Lost) -> None:
+        """Measure a build's template, once; an engine that is away is asked again with the next request."""
+        key = (build.name, build.triton_version)
+        if key in self._templates or len(self._templates) >= TEMPLATES_MAX:
+            return
+        try:
+            one, three = [
+                await self._triton.count(build, ChatRequest(build.name, messages), lost=lost) for messages in PROBES
+            ]
+        except InvalidRequest:
+            self._templates[key] = None  # this template refuses the probes: its prompts are counted
+            return
+        except TollgateError as e:
+            log.info("template_not_measured", build=build.name, code=e.code, detail=e.detail)
+            return
+        self._templates[key] = Template.measured(one, three)
+
+
+def _used(hold: Hold) -> int:
+    return hold.usage.input_tokens + hold.usage.output_tokens

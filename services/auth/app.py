@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth import tasks
-from services.auth.clients import KeyChannel, UsageStream
+from services.auth.clients import ChangeChannel, UsageStream
 from services.auth.errors import SigningKeyUnreadable
 from services.auth.routes import admin, jwks, keys, organizations, sessions, users
 from services.auth.service import Services
@@ -23,7 +23,7 @@ from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.keys import Keys
 from services.auth.service.last_use import LastUse
 from services.auth.service.organizations import OrganizationLimits, Organizations
-from services.auth.service.outbox import Outbox
+from services.auth.service.outbox import Outbox, OutboxLimits
 from services.auth.service.passwords import Passwords
 from services.auth.service.revocations import Revocations
 from services.auth.service.sessions import SessionLimits, Sessions
@@ -60,6 +60,7 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
                 tasks.keep_signing_keys, services.signing_keys, settings.auth_signing_key_refresh_interval_s
             ),
             "prune_sessions": partial(tasks.prune, services.sessions.prune, settings.auth_prune_interval_s),
+            "prune_outbox": partial(tasks.prune, services.outbox.prune, settings.auth_outbox_prune_interval_s),
             "prune_attempts": partial(tasks.prune, services.attempts.prune, settings.auth_prune_interval_s),
         },
     )
@@ -100,7 +101,7 @@ async def compose(
         settings.redis_url.get_secret_value(), client_name="auth", timeout_ms=settings.auth_redis_timeout_ms
     )
     stack.push_async_callback(redis.aclose)
-    outbox = Outbox(sessions_of, KeyChannel(redis), metrics, settings.auth_outbox_batch_max)
+    outbox = Outbox(sessions_of, ChangeChannel(redis), clock, metrics, _outbox_limits(settings))
 
     passwords = _passwords(settings, metrics)
     stack.callback(passwords.close)
@@ -109,7 +110,7 @@ async def compose(
     tokens = Tokens(signing_keys, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
     attempts = _attempts(settings, sessions_of, clock)
-    accounts = Accounts(sessions_of, passwords, attempts, clock)
+    accounts = Accounts(sessions_of, passwords, attempts, outbox, clock)
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
     keys_of = Keys(
         sessions_of,
@@ -130,7 +131,7 @@ async def compose(
         access=Access(sessions_of, clock),
         accounts=accounts,
         attempts=attempts,
-        sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, metrics, limits),
+        sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, outbox, metrics, limits),
         tokens=tokens,
         signing_keys=signing_keys,
         keys=keys_of,
@@ -140,6 +141,14 @@ async def compose(
         bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),
         outbox=outbox,
         last_use=LastUse(sessions_of, UsageStream(redis), settings.auth_last_use_batch_max),
+    )
+
+
+def _outbox_limits(settings: AuthSettings) -> OutboxLimits:
+    return OutboxLimits(
+        batch_max=settings.auth_outbox_batch_max,
+        repeat_s=settings.auth_outbox_repeat_s,
+        prune_batch_max=settings.auth_prune_batch_max,
     )
 
 

@@ -1,8 +1,8 @@
 """Redis: where gateways look keys up, hear of changes, and leave word of what was used.
 
-Per change, in this order: the key's version goes up (never down, so that a late delivery does no harm), the cached
-record goes, and every gateway hears the digest. From the first of the three on, no admission finds the version that it
-wants, and asks PostgreSQL.
+Per change, in this order: the version of the key or session goes up (never down, so that a late delivery does no
+harm); of a key, the cached record goes, and every gateway hears the digest. From the first of the three on, no
+admission finds the version that it wants, and asks PostgreSQL.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from uuid import UUID
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from services.auth.domain import KeyEvent
+from services.auth.domain import Event, KeyEvent
 from services.auth.errors import RedisDown
-from shared import apikeys
+from shared import access_tokens, apikeys
 
 _RAISE_VERSION = """
 local held = tonumber(redis.call('GET', KEYS[1]) or '0') or 0
@@ -29,24 +29,32 @@ return 1
 """
 
 
-class KeyChannel:
-    """Tells gateways about changed keys."""
+class ChangeChannel:
+    """Tells gateways about changed keys and sessions."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def announce(self, events: Sequence[KeyEvent]) -> None:
+    async def announce(self, events: Sequence[Event]) -> None:
         """Deliver changes; saying one twice does no harm. Raises RedisDown when not all of them arrived."""
         pipeline = self._redis.pipeline(transaction=False)
         for event in events:
-            name = apikeys.version_name(str(event.org_id), str(event.key_id))
-            pipeline.eval(_RAISE_VERSION, 1, name, str(event.version), str(apikeys.CACHE_TTL_S))
-            pipeline.delete(apikeys.record_name(event.digest))
-            pipeline.publish(apikeys.CHANNEL, event.digest)
+            pipeline.eval(_RAISE_VERSION, 1, _version_name(event), str(event.version), str(apikeys.CACHE_TTL_S))
+            if isinstance(event, KeyEvent):
+                pipeline.delete(apikeys.record_name(event.digest))
+                pipeline.publish(apikeys.CHANNEL, event.digest)
         try:
             await pipeline.execute()
         except (RedisError, OSError, TimeoutError) as e:
             raise RedisDown(detail=type(e).__name__) from e
+
+    async def server(self) -> str:
+        """Which server answers: another one after a failover or a restart. Raises RedisDown."""
+        try:
+            found: dict[str, Any] = await self._redis.info("server")
+        except (RedisError, OSError, TimeoutError) as e:
+            raise RedisDown(detail=type(e).__name__) from e
+        return str(found.get("run_id", ""))
 
 
 class UsageStream:
@@ -87,6 +95,12 @@ class UsageStream:
         except (RedisError, OSError, TimeoutError) as e:
             raise RedisDown(detail=type(e).__name__) from e
         return 0, {}
+
+
+def _version_name(event: Event) -> str:
+    if isinstance(event, KeyEvent):
+        return apikeys.version_name(str(event.org_id), str(event.key_id))
+    return access_tokens.version_name(str(event.org_id), str(event.session_id))
 
 
 def _use(fields: dict[bytes, bytes]) -> tuple[UUID, datetime] | None:

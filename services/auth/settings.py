@@ -58,6 +58,8 @@ class AuthSettings(ServiceSettings):
     auth_redis_timeout_ms: int = Field(default=100, ge=1)
     auth_outbox_interval_ms: int = Field(default=500, ge=1)
     auth_outbox_batch_max: int = Field(default=500, ge=1)
+    auth_outbox_repeat_s: int = Field(default=30, ge=0)  # after a failover of Redis
+    auth_outbox_prune_interval_s: int = Field(default=300, ge=1)
     auth_last_use_interval_ms: int = Field(default=5_000, ge=1)
     auth_last_use_batch_max: int = Field(default=1_000, ge=1)
     auth_prune_interval_s: int = Field(default=3_600, ge=1)

@@ -140,7 +140,9 @@ class MembershipRow(Base):
 
 
 class SessionRow(Base):
-    """One sign-in. `revoked_at` ends the whole family of its refresh tokens."""
+    """One sign-in. `revoked_at` ends the whole family of its refresh tokens; `version` grows with every change that
+    its access tokens must not outlive.
+    """
 
     __tablename__ = "session"
     __table_args__ = (Index(None, "user_id", "created_at"), Index(None, "expires_at"))
@@ -155,6 +157,7 @@ class SessionRow(Base):
     revoked_reason: Mapped[str | None]
     user_agent: Mapped[str] = mapped_column(server_default="")
     address: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
+    version: Mapped[int] = mapped_column(BigInteger, server_default=text("1"))
 
 
 class RefreshTokenRow(Base):
@@ -235,9 +238,13 @@ class ApiKeyRow(Base):
 
 
 class KeyOutboxRow(Base):
-    """Changes of keys that Redis has not heard of yet; a row goes when it has."""
+    """Changes of keys that Redis must hear of. What was delivered stays for as long as gateways may cache."""
 
     __tablename__ = "key_outbox"
+    __table_args__ = (
+        Index("ix_key_outbox_pending", "id", postgresql_where=text("delivered_at IS NULL")),
+        Index(None, "delivered_at"),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     key_id: Mapped[UUID] = mapped_column(ForeignKey("api_key.id"))
@@ -245,6 +252,25 @@ class KeyOutboxRow(Base):
     digest: Mapped[str]
     version: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    delivered_at: Mapped[datetime | None]
+
+
+class SessionOutboxRow(Base):
+    """As KeyOutboxRow, of sessions."""
+
+    __tablename__ = "session_outbox"
+    __table_args__ = (
+        Index(None, "session_id"),
+        Index("ix_session_outbox_pending", "id", postgresql_where=text("delivered_at IS NULL")),
+        Index(None, "delivered_at"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    session_id: Mapped[UUID] = mapped_column(ForeignKey("session.id", ondelete="CASCADE"))
+    org_id: Mapped[UUID]
+    version: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    delivered_at: Mapped[datetime | None]
 
 
 class SigningKeyRow(Base):
@@ -297,9 +323,10 @@ SERVICE_GRANTS = {
     "refresh_token": "SELECT, INSERT, UPDATE, DELETE",
     "sign_in_attempt": "SELECT, INSERT, UPDATE, DELETE",
     "api_key": "SELECT, INSERT, UPDATE",
-    "key_outbox": "SELECT, INSERT, DELETE",
+    "key_outbox": "SELECT, INSERT, UPDATE, DELETE",
+    "session_outbox": "SELECT, INSERT, UPDATE, DELETE",
     "signing_key": "SELECT, INSERT, UPDATE",
     "audit_log": "SELECT, INSERT",
 }
-# The gateway reads the view of keys and nothing else.
-GATEWAY_GRANTS = {"key_view": "SELECT"}
+# The gateway reads the views of keys and of sessions, and nothing else.
+GATEWAY_GRANTS = {"key_view": "SELECT", "session_view": "SELECT"}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from services.gateway.addresses import owned_by
 from services.gateway.domain import KeyRecord
 from services.gateway.keys import Found, KeyStore
+from services.gateway.sessions import SessionStore
 from services.gateway.tokens import AccessTokens
 from services.gateway.upstreams import Access, Route
 from shared import apikeys
@@ -59,6 +60,7 @@ class Admission:
         *,
         keys: KeyStore,
         tokens: AccessTokens,
+        sessions: SessionStore,
         limiter: RedisLimiter,
         local: LocalLimiter,
         local_addresses: LocalLimiter,
@@ -70,6 +72,7 @@ class Admission:
     ) -> None:
         self._keys = keys
         self._tokens = tokens
+        self._sessions = sessions
         self._limiter = limiter
         self._local = local
         self._local_addresses = local_addresses  # apart, so that many addresses never crowd out a key
@@ -113,11 +116,28 @@ class Admission:
     async def _admit_token(self, route: Route, method: str, token: str, address: str) -> Admitted:
         if token.count(".") != 2:
             raise Unauthenticated()
-        identity = replace(await self._tokens.verify(token, owned_by(address)), address=address)
+        verified = await self._tokens.verify(token, owned_by(address))
+        identity = replace(verified.identity, address=address)
         denied = _denial(route, method, identity)
-        subject = Subject(tag=identity.org_id, limit_id=identity.limit_id, limits=self._user_limits)
+        subject = Subject(
+            tag=identity.org_id,
+            limit_id=identity.limit_id,
+            limits=self._user_limits,
+            version_name=verified.version_name,
+            version=str(verified.version),
+        )
         weight = 0 if denied else route.weight
-        return self._judged(identity, denied, await self._decide(subject, weight, self._local))
+        for _ in range(STALE_ATTEMPTS_MAX):
+            try:
+                decision = await self._decide_in_redis(subject, weight)
+            except RedisUnavailable:
+                await self._sessions.confirm(verified)
+                decision = self._decide_locally(self._local, subject, weight)
+            if decision.verdict is Verdict.STALE and not await self._sessions.confirm(verified):
+                decision = self._decide_locally(self._local, subject, weight)
+            if decision.verdict is not Verdict.STALE:
+                return self._judged(identity, denied, decision)
+        raise Unavailable("Tokens cannot be checked right now. Retry.", retry_after_s=1, detail="version never matched")
 
     async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
         found = await self._keys.find(secret, owned_by(address))

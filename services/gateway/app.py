@@ -20,6 +20,7 @@ from services.gateway.openapi import OpenApi
 from services.gateway.pages import Pages
 from services.gateway.relay import Relay, create_session, reach
 from services.gateway.repository import KeyRepository
+from services.gateway.sessions import SessionStore
 from services.gateway.settings import GatewaySettings
 from services.gateway.tasks import Heartbeat, refresh_key_set, renew_leases
 from services.gateway.tokens import AccessTokens, JsonWebKeySet
@@ -69,6 +70,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
     admission = Admission(
         keys=keys,
         tokens=AccessTokens(key_set, floor.clock, guesses),
+        sessions=SessionStore(repository, floor.link, floor.clock),
         limiter=limiter,
         local=LocalLimiter(floor.clock),
         local_addresses=LocalLimiter(floor.clock),

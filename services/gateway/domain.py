@@ -66,6 +66,26 @@ class KeyRecord:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A session as auth's view has it."""
+
+    user_id: str
+    org_id: str
+    version: int
+    status: str
+    expires_at: datetime
+
+    def carries(self, identity: Identity, version: int, now: datetime) -> bool:
+        """Whether an access token of this version, for this person in this organisation, stands."""
+        return (
+            (self.user_id, self.org_id) == (identity.user_id, identity.org_id)
+            and self.version == version
+            and self.status == ACTIVE
+            and now < self.expires_at
+        )
+
+
 def record_from_row(row: Mapping[str, Any]) -> KeyRecord:
     """From a row of auth.key_view, or the same as JSON; raises KeyError, TypeError or ValueError for anything else."""
     limits = row["limits"] if isinstance(row["limits"], dict) else json.loads(row["limits"])

@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import aiohttp
 from jose import JWTError, jwt
@@ -18,6 +19,7 @@ from jose import JWTError, jwt
 from services.gateway.caches import BoundedCache
 from services.gateway.guesses import Guesses
 from services.gateway.upstreams import Upstream
+from shared import access_tokens
 from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, JWKS_PATH, TOKEN_TYPE
 from shared.clock import Clock
 from shared.errors import Unauthenticated, Unavailable
@@ -36,10 +38,16 @@ class KeySetUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AccessToken:
-    """What a verified token says."""
+    """What a verified token says; `version` is its session's when it was made."""
 
     identity: Identity
     expires_at_s: float
+    version: int
+
+    @property
+    def version_name(self) -> str:
+        """Redis: where the session's present version stands."""
+        return access_tokens.version_name(self.identity.org_id, self.identity.session_id)
 
 
 class JsonWebKeySet:
@@ -151,8 +159,8 @@ class AccessTokens:
         self._clock = clock
         self._verified: BoundedCache[bytes, AccessToken] = BoundedCache(clock, entries_max=entries_max, ttl_s=ttl_s)
 
-    async def verify(self, token: str, address: str) -> Identity:
-        """Who the token speaks for.
+    async def verify(self, token: str, address: str) -> AccessToken:
+        """What a token says that auth signed and that is not over; whether its session still stands, others know.
 
         Raises Unauthenticated, the same for every cause; Unavailable; RateLimited for an address that only guesses.
         """
@@ -164,7 +172,7 @@ class AccessTokens:
             self._verified.put(digest, known)
         if known.expires_at_s <= self._clock.now().timestamp():
             raise Unauthenticated()
-        return known.identity
+        return known
 
     async def _claims(self, token: str) -> dict[str, Any]:
         try:
@@ -198,19 +206,17 @@ class AccessTokens:
 def _access_token(claims: dict[str, Any]) -> AccessToken:
     try:
         roles = tuple(str(role) for role in claims["roles"])
-        user_id, org_id = claims["sub"], claims["org"]
-        if not (isinstance(user_id, str) and isinstance(org_id, str) and user_id and org_id):
-            raise Unauthenticated()
+        user_id, org_id, session_id = (str(UUID(claims[name])) for name in ("sub", "org", "sid"))
         identity = Identity(
             kind="user",
             user_id=user_id,
             org_id=org_id,
-            session_id=str(claims.get("sid", "")),
+            session_id=session_id,
             plan=str(claims.get("plan", "default")),
             roles=roles,
             scopes=tuple(claims["scope"].split()),
             limit_id=f"user-{user_id}",
         )
-        return AccessToken(identity, float(claims["exp"]))
+        return AccessToken(identity, float(claims["exp"]), int(claims["ver"]))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise Unauthenticated() from e

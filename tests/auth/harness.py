@@ -6,14 +6,16 @@ import asyncio
 import base64
 import contextlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import httpx
+from fastapi import FastAPI
 from jose import jwt
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
@@ -57,6 +59,22 @@ def settings(owner_url: str, redis_url: str, **changes: Any) -> AuthSettings:
     return AuthSettings(**{**values, **changes})
 
 
+def standing_clock() -> FixedClock:
+    return FixedClock(SystemClock().now())
+
+
+class RunningClock(FixedClock):
+    """The system's clock, ahead by what `advance` adds: for tests with somebody else's clock beside it."""
+
+    def __init__(self) -> None:
+        started = SystemClock().now()
+        super().__init__(started)
+        self._started = started
+
+    def now(self) -> datetime:
+        return SystemClock().now() + (super().now() - self._started)
+
+
 @dataclass(frozen=True)
 class User:
     """Somebody who registered, and signed in."""
@@ -80,6 +98,7 @@ class Auth:
     registry: CollectorRegistry
     owner_url: str
     redis: Redis
+    app: FastAPI
 
     async def call(self, method: str, path: str, *, token: str = "", key: str = "", **request: Any) -> httpx.Response:
         """A request as the gateway would relay it: with a token, with a key, or from nobody."""
@@ -184,10 +203,13 @@ class Auth:
 
 
 @asynccontextmanager
-async def running(owner_url: str, redis_url: str, **changes: Any) -> AsyncIterator[Auth]:
-    """The composed application over a migrated database, without background tasks."""
+async def running(
+    owner_url: str, redis_url: str, make_clock: Callable[[], FixedClock] = standing_clock, /, **changes: Any
+) -> AsyncIterator[Auth]:
+    """The composed application over a migrated database, without background tasks; the clock stands still."""
+    clock = make_clock()
     chosen = settings(owner_url, redis_url, **changes)
-    clock, registry, readiness = FixedClock(SystemClock().now()), CollectorRegistry(), Readiness()
+    registry, readiness = CollectorRegistry(), Readiness()
     async with AsyncExitStack() as stack:
         services = await compose(chosen, stack, readiness, clock=clock, registry=registry)
         app = create_app(chosen, services, readiness, clock, registry)
@@ -195,7 +217,7 @@ async def running(owner_url: str, redis_url: str, **changes: Any) -> AsyncIterat
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://auth")
         )
         redis = await stack.enter_async_context(Redis.from_url(redis_url, decode_responses=True))
-        yield Auth(http, services, chosen, clock, registry, owner_url, redis)
+        yield Auth(http, services, chosen, clock, registry, owner_url, redis, app)
 
 
 class Cable:

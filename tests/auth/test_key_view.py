@@ -94,12 +94,14 @@ async def test_a_key_of_a_suspended_organisation_or_of_somebody_who_left_it_is_r
         assert (await auth.call("GET", "/api/v1/auth/me", token=user.access_token)).status_code == 401
 
 
-async def test_the_gateways_role_reads_the_view_and_nothing_else(auth: Auth) -> None:
+async def test_the_gateways_role_reads_the_two_views_and_nothing_else(auth: Auth) -> None:
     async with auth.connect("tollgate_gateway") as connection:
         await connection.fetch("SELECT * FROM auth.key_view")
+        await connection.fetch("SELECT * FROM auth.session_view")
         relations = await connection.fetch(
             """SELECT relname, relkind FROM pg_class
-               WHERE relnamespace = 'auth'::regnamespace AND relkind IN ('r', 'v', 'S') AND relname <> 'key_view'"""
+               WHERE relnamespace = 'auth'::regnamespace AND relkind IN ('r', 'v', 'S')
+                 AND relname NOT IN ('key_view', 'session_view')"""
         )
         assert len(relations) >= 15
         for relation in relations:

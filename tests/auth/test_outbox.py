@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -11,13 +12,15 @@ import pytest
 from redis.asyncio import Redis
 
 from services.auth import tasks
-from services.auth.clients import KeyChannel
+from services.auth.clients import ChangeChannel
 from services.auth.domain import KeyEvent
 from services.auth.errors import RedisDown
-from shared import apikeys
+from services.auth.service.outbox import KEEP_MARGIN_S
+from shared import access_tokens, apikeys
 from shared.apikeys import Peppers
 from tests.auth.harness import PEPPERS, Auth, Cable, User, running
 from tests.conftest import Components
+from tests.gateway.outages import Valkey
 
 DEADLINE_S = 10
 
@@ -53,7 +56,11 @@ async def heard(channel: Any, digest: str) -> bool:
 
 async def pending(auth: Auth, key: dict[str, Any]) -> int:
     async with auth.connect("tollgate_auth") as connection:
-        return int(await connection.fetchval("SELECT count(*) FROM auth.key_outbox WHERE key_id = $1", key["id"]))
+        return int(
+            await connection.fetchval(
+                "SELECT count(*) FROM auth.key_outbox WHERE key_id = $1 AND delivered_at IS NULL", key["id"]
+            )
+        )
 
 
 @pytest.mark.parametrize("how", ["revoke", "delete", "patch", "rotate", "operator", "disabled"])
@@ -118,7 +125,7 @@ async def test_what_redis_missed_is_delivered_when_it_is_back(owner_url: str, co
 
 
 async def test_a_late_delivery_never_lowers_the_version(auth: Auth) -> None:
-    channel = KeyChannel(Redis.from_url(auth.settings.redis_url.get_secret_value()))
+    channel = ChangeChannel(Redis.from_url(auth.settings.redis_url.get_secret_value()))
     org_id, key_id = UUID(int=1), UUID(int=2)
     name = apikeys.version_name(str(org_id), str(key_id))
     for version, expected in ((5, "5"), (3, "5"), (10, "10"), (9, "10"), (10, "10")):
@@ -126,6 +133,61 @@ async def test_a_late_delivery_never_lowers_the_version(auth: Auth) -> None:
         assert await auth.redis.get(name) == expected
     await auth.redis.delete(name)
     await channel._redis.aclose()
+
+
+@pytest.mark.parametrize("what", ["key", "session"])
+async def test_a_revocation_that_a_failover_of_redis_lost_is_said_again(
+    owner_url: str, tmp_path: Path, what: str
+) -> None:
+    """The server that takes over still has the version from before."""
+    server = Valkey(tmp_path)
+    server.start()
+    try:
+        async with running(owner_url, server.url, auth_redis_timeout_ms=5_000) as auth:
+            user = await auth.user()
+            key = await auth.key(user)
+            session_id = (await auth.identity_of_token(user.access_token)).session_id
+            names = {
+                "key": apikeys.version_name(user.org_id, key["id"]),
+                "session": access_tokens.version_name(user.org_id, session_id),
+            }
+            acts = {"key": ("DELETE", f"/api/v1/keys/{key['id']}"), "session": ("POST", "/api/v1/auth/logout")}
+            await auth.services.outbox.deliver_pending()
+            auth.clock.advance(auth.settings.auth_outbox_repeat_s + 1)
+            assert (await auth.call(*acts[what], token=user.access_token)).status_code == 204
+            assert await auth.redis.get(names[what]) == "2"
+
+            server.kill()
+            server.start()
+            await auth.redis.connection_pool.disconnect()
+            await auth.redis.set(names[what], "1", ex=300)
+            with contextlib.suppress(RedisDown):  # by the connection to the old server
+                await auth.services.outbox.deliver_pending()
+            for _ in range(2):  # again and again for a while: a connection may still have spoken to the old server
+                await auth.services.outbox.deliver_pending()
+                assert await auth.redis.get(names[what]) == "2"
+                await auth.redis.set(names[what], "1", ex=300)
+            auth.clock.advance(auth.settings.auth_outbox_repeat_s + 1)
+            await auth.services.outbox.deliver_pending()
+            assert await auth.redis.get(names[what]) == "1"
+    finally:
+        server.kill()
+
+
+async def test_what_was_delivered_goes_when_no_cache_can_have_it(auth: Auth) -> None:
+    user = await auth.user()
+    key = await auth.key(user)
+    await auth.call("DELETE", f"/api/v1/keys/{key['id']}", token=user.access_token)
+
+    async def kept() -> int:
+        async with auth.connect() as connection:
+            return int(await connection.fetchval("SELECT count(*) FROM auth.key_outbox WHERE key_id = $1", key["id"]))
+
+    await auth.services.outbox.prune()
+    assert await kept() == 1
+    auth.clock.advance(apikeys.CACHE_TTL_S + KEEP_MARGIN_S + 1)
+    await auth.services.outbox.prune()
+    assert await kept() == 0
 
 
 async def test_a_change_and_its_event_are_one_transaction(auth: Auth) -> None:

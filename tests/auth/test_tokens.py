@@ -49,6 +49,7 @@ async def test_an_access_token_says_who_it_is_and_verifies_by_the_jwks(auth: Aut
         "aud": "tollgate",
         "sub": user.id,
         "org": user.org_id,
+        "ver": 1,
         "username": user.username,
         "roles": ["operator", "user"],
         "plan": "default",

@@ -20,8 +20,8 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from services.auth.cli import migrate_urls
-from services.auth.clients import KeyChannel
-from services.auth.domain import KeyEvent
+from services.auth.clients import ChangeChannel
+from services.auth.domain import KeyEvent, SessionEvent
 from services.gateway.app import build
 from services.gateway.settings import GatewaySettings
 from shared import apikeys
@@ -217,6 +217,29 @@ class Directory:
         )
         return Key(secret, digest.hex, key_id, org_id, user_id)
 
+    async def create_session(self) -> dict[str, str]:
+        """A session of a new user in a new organisation: what its access tokens say of it."""
+        key = await self.create_key()
+        session_id = uuid4()
+        await self.connection.execute(
+            """INSERT INTO auth.session (id, user_id, org_id, created_at, last_used_at, expires_at)
+               VALUES ($1, $2, $3, now(), now(), now() + interval '1 day')""",
+            session_id,
+            key.user_id,
+            key.org_id,
+        )
+        return {"sub": str(key.user_id), "org": str(key.org_id), "sid": str(session_id)}
+
+    async def end_session(self, session: dict[str, str], *, announce: bool = True) -> None:
+        """As auth does it: the row, then Redis."""
+        version = await self.connection.fetchval(
+            "UPDATE auth.session SET revoked_at = now(), version = version + 1 WHERE id = $1 RETURNING version",
+            UUID(session["sid"]),
+        )
+        if announce:
+            event = SessionEvent(id=0, session_id=UUID(session["sid"]), org_id=UUID(session["org"]), version=version)
+            await ChangeChannel(self.redis).announce([event])
+
     async def revoke(self, key: Key, *, announce: bool = True) -> None:
         """As auth does it: the row, then Redis."""
         version = await self.connection.fetchval(
@@ -238,16 +261,18 @@ class Directory:
     async def announce(self, key: Key, version: int) -> None:
         """Deliver the change through auth's own code."""
         event = KeyEvent(id=0, key_id=key.key_id, org_id=key.org_id, digest=key.digest, version=version)
-        await KeyChannel(self.redis).announce([event])
+        await ChangeChannel(self.redis).announce([event])
 
 
 class Tokens:
     """A signing key of auth's kind, and its JWKS."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: dict[str, str] | None = None) -> None:
+        """`session` is what tokens speak for, unless a test says otherwise."""
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
 
+        self._session = session or {name: str(uuid4()) for name in ("sub", "org", "sid")}
         private = ec.generate_private_key(ec.SECP256R1())
         self.pem = private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -260,13 +285,11 @@ class Tokens:
 
     def sign(self, *, kid: str | None = None, algorithm: str = "ES256", key: str | None = None, **changes: Any) -> str:
         now = int(time.time())
-        user = str(uuid4())
         claims: dict[str, Any] = {
             "iss": "tollgate",
             "aud": "tollgate",
-            "sub": user,
-            "org": str(uuid4()),
-            "sid": str(uuid4()),
+            **self._session,
+            "ver": 1,
             "username": "somebody",
             "roles": ["user"],
             "plan": "default",

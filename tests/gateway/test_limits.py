@@ -40,7 +40,7 @@ async def test_retry_after_is_when_it_works_again(gateway: Gateway, directory: D
     assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
     # Age the one recorded request by 58 s: its time stands first in the ring, after the header and the day's cells.
     name = await _state_name(redis, str(key.org_id))
-    at = 46 + 289 * 4
+    at = 48 + 289 * 4
     stored = await redis.getrange(name, at, at + 6)
     assert isinstance(stored, bytes)
     recorded = int.from_bytes(stored, "big")
@@ -143,15 +143,17 @@ async def test_a_client_that_leaves_gives_its_place_back(
     await eventually(none_in)
 
 
-async def test_users_have_limits_of_their_own(components: Components, database_url: str, backend: Backend) -> None:
-    tokens = Tokens()
+async def test_users_have_limits_of_their_own(
+    components: Components, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    tokens = Tokens(await directory.create_session())
     backend.handlers["/.well-known/jwks.json"] = tokens.serve
     configured = settings(components.redis_url, database_url, backend.url, gateway_user_per_minute=3)
     async with gateway(configured) as running:
         headers = {"authorization": f"Bearer {tokens.sign()}"}
         statuses = [(await running.http.get("/v1/models", headers=headers)).status_code for _ in range(5)]
         assert statuses == [200] * 3 + [429] * 2
-        headers = {"authorization": f"Bearer {tokens.sign()}"}
+        headers = {"authorization": f"Bearer {tokens.sign(**await directory.create_session())}"}
         assert (await running.http.get("/v1/models", headers=headers)).status_code == 200
 
 

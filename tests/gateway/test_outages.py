@@ -221,8 +221,11 @@ async def test_a_gateway_starts_with_nothing_there(
         assert await statuses(running, key.headers, 1) == [200]
 
 
-async def test_tokens_need_neither(exposed: Gateway, valkey: Valkey, backend: Backend) -> None:
-    tokens = Tokens()
+async def test_tokens_are_checked_in_postgresql_while_redis_is_away_and_nowhere_else(
+    exposed: Gateway, valkey: Valkey, postgres: TcpSwitch, backend: Backend, directory: Directory
+) -> None:
+    session = await directory.create_session()
+    tokens = Tokens(session)
     backend.handlers["/.well-known/jwks.json"] = tokens.serve
     headers = {"authorization": f"Bearer {tokens.sign()}"}
 
@@ -232,6 +235,10 @@ async def test_tokens_need_neither(exposed: Gateway, valkey: Valkey, backend: Ba
     await eventually(works)
     valkey.kill()
     assert await statuses(exposed, headers, 3) == [200] * 3
+    await directory.end_session(session, announce=False)
+    assert await statuses(exposed, headers, 2) == [401] * 2
+    await postgres.cut()
+    assert await statuses(exposed, headers, 1) == [503]
 
 
 async def test_usage_events_are_counted_when_they_are_lost(

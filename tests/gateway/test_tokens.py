@@ -8,16 +8,18 @@ from uuid import uuid4
 
 import pytest
 import pytest_asyncio
+from redis.asyncio import Redis
 
 from shared import apikeys
+from shared.access_tokens import version_name
 from tests.conftest import Components
 from tests.gateway.harness import Backend, Directory, Gateway, Tokens, gateway, settings
 from tests.gateway.outages import eventually
 
 
 @pytest_asyncio.fixture
-async def tokens(backend: Backend) -> AsyncIterator[Tokens]:
-    tokens = Tokens()
+async def tokens(backend: Backend, directory: Directory) -> AsyncIterator[Tokens]:
+    tokens = Tokens(await directory.create_session())
     backend.handlers["/.well-known/jwks.json"] = tokens.serve
     yield tokens
 
@@ -26,11 +28,15 @@ def bearer(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
-async def test_a_token_carries_its_user(tokens: Tokens, gateway: Gateway, backend: Backend) -> None:
-    response = await gateway.http.get("/api/v1/auth/me", headers=bearer(tokens.sign(sub="u-1", org="o-1", sid="s-1")))
+async def test_a_token_carries_its_user(
+    tokens: Tokens, gateway: Gateway, backend: Backend, directory: Directory
+) -> None:
+    session = await directory.create_session()
+    response = await gateway.http.get("/api/v1/auth/me", headers=bearer(tokens.sign(**session)))
     assert response.status_code == 200, response.text
     identity = backend.last.identity
-    assert (identity.kind, identity.user_id, identity.org_id, identity.session_id) == ("user", "u-1", "o-1", "s-1")
+    assert identity.kind == "user"
+    assert {"sub": identity.user_id, "org": identity.org_id, "sid": identity.session_id} == session
     assert identity.has_scope("keys:write")
     assert not identity.has_scope("admin")
     assert identity.address == "127.0.0.1"
@@ -53,6 +59,12 @@ async def test_what_is_not_auths_token_is_refused(tokens: Tokens, gateway: Gatew
         tokens.sign(sub=""),
         tokens.sign(org=None),
         tokens.sign(roles=None),
+        tokens.sign(scope=None),
+        tokens.sign(ver=None),
+        tokens.sign(ver=2),
+        tokens.sign(sid=None),
+        tokens.sign(sid=str(uuid4())),
+        tokens.sign(sub=str(uuid4())),
         tokens.sign(kid="unknown"),
         other.sign(kid=tokens.kid),
         tokens.sign(algorithm="HS256", key=shared_secret),
@@ -76,13 +88,34 @@ async def test_expiry_is_judged_at_use(tokens: Tokens, gateway: Gateway) -> None
 
 
 async def test_a_new_signing_key_is_fetched_when_its_first_token_comes(
-    tokens: Tokens, gateway: Gateway, backend: Backend
+    tokens: Tokens, gateway: Gateway, backend: Backend, directory: Directory
 ) -> None:
     assert (await gateway.http.get("/v1/models", headers=bearer(tokens.sign()))).status_code == 200
     for _ in range(2):
-        rotated = Tokens()
+        rotated = Tokens(await directory.create_session())
         backend.handlers["/.well-known/jwks.json"] = rotated.serve
         assert (await gateway.http.get("/v1/models", headers=bearer(rotated.sign()))).status_code == 200
+
+
+async def test_a_session_that_ends_takes_its_tokens_along(
+    tokens: Tokens, gateway: Gateway, directory: Directory, redis: Redis
+) -> None:
+    """At the next request after auth's answer; also for a gateway that never saw the token; and without the news."""
+    session, silent, emptied = [await directory.create_session() for _ in range(3)]
+
+    async def statuses(session: dict[str, str]) -> list[int]:
+        headers = bearer(tokens.sign(**session))
+        return [(await gateway.http.get("/v1/models", headers=headers)).status_code for _ in range(2)]
+
+    assert await statuses(session) == [200, 200]
+    await directory.end_session(session)
+    assert await statuses(session) == [401, 401]
+    await directory.end_session(silent, announce=False)  # its version was never in Redis
+    assert await statuses(silent) == [401, 401]
+    assert await statuses(emptied) == [200, 200]
+    await directory.end_session(emptied, announce=False)
+    await redis.delete(version_name(emptied["org"], emptied["sid"]))
+    assert await statuses(emptied) == [401, 401]
 
 
 async def test_unknown_signing_keys_cost_auth_a_few_fetches_at_most(

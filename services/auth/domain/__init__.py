@@ -126,6 +126,7 @@ class Session:
     revoked_at: datetime | None
     user_agent: str
     address: str | None
+    version: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,19 @@ class KeyEvent:
     org_id: UUID
     digest: str
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEvent:
+    """A change of a session that every gateway must hear of: access tokens of earlier versions are over."""
+
+    id: int
+    session_id: UUID
+    org_id: UUID
+    version: int
+
+
+Event = KeyEvent | SessionEvent
 
 
 @dataclass(frozen=True, slots=True)

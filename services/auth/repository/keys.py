@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, Update, delete, func, insert, or_, select, text, update
+from sqlalchemy import Row, Select, Update, func, insert, or_, select, text, update
 
 from services.auth.domain import ApiKey, KeyEvent, KeyStatus
 from services.auth.errors import KeyNotFound
@@ -164,24 +164,6 @@ async def note_uses(session: AsyncSession, uses: Mapping[UUID, datetime]) -> Non
     """Move the last use of keys forward, never back. No change that the gateway must hear of."""
     ordered = sorted(uses.items())
     await session.execute(_NOTE_USES, {"ids": [key for key, _ in ordered], "times": [at for _, at in ordered]})
-
-
-class OutboxRepository:
-    """Changes that Redis has not heard of."""
-
-    def __init__(self, session: AsyncSession) -> None:
-        self._session = session
-
-    async def pending(self, limit: int) -> list[KeyEvent]:
-        """The oldest ones first."""
-        rows = await self._session.scalars(select(KeyOutboxRow).order_by(KeyOutboxRow.id).limit(limit))
-        return [KeyEvent(row.id, row.key_id, row.org_id, row.digest, row.version) for row in rows]
-
-    async def count(self) -> int:
-        return int((await self._session.execute(select(func.count()).select_from(KeyOutboxRow))).scalar_one())
-
-    async def remove(self, event_ids: list[int]) -> None:
-        await self._session.execute(delete(KeyOutboxRow).where(KeyOutboxRow.id.in_(event_ids)))
 
 
 def _usable(now: datetime) -> tuple[Any, ...]:

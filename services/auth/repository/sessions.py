@@ -7,10 +7,10 @@ from datetime import datetime
 from ipaddress import ip_address
 from uuid import UUID
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Update, delete, insert, select, update
 
-from services.auth.domain import Session
-from services.auth.tables import RefreshTokenRow, SessionRow
+from services.auth.domain import Session, SessionEvent
+from services.auth.tables import RefreshTokenRow, SessionOutboxRow, SessionRow
 from shared.database import AsyncSession
 
 
@@ -81,22 +81,48 @@ class SessionRepository:
         )
         return [_session(row) for row in rows]
 
-    async def revoke(self, session_ids: list[UUID], now: datetime, reason: str) -> None:
-        """End sessions; those that are over already keep their time and reason."""
-        await self._session.execute(
+    async def revoke(self, session_ids: list[UUID], now: datetime, reason: str) -> list[SessionEvent]:
+        """End sessions; those that are over already keep their time and reason. The events of the others."""
+        return await self._apply(
             update(SessionRow)
             .where(SessionRow.id.in_(session_ids), SessionRow.revoked_at.is_(None))
             .values(revoked_at=now, revoked_reason=reason)
         )
 
-    async def revoke_all(self, user_id: UUID, now: datetime, reason: str, *, but: UUID | None = None) -> None:
-        """End a person's sessions, all of them or all but one."""
+    async def revoke_all(
+        self, user_id: UUID, now: datetime, reason: str, *, but: UUID | None = None
+    ) -> list[SessionEvent]:
+        """End a person's sessions, all of them or all but one; the events of those."""
         kept = (SessionRow.id != but,) if but is not None else ()
-        await self._session.execute(
+        return await self._apply(
             update(SessionRow)
             .where(SessionRow.user_id == user_id, SessionRow.revoked_at.is_(None), *kept)
             .values(revoked_at=now, revoked_reason=reason)
         )
+
+    async def owner_changed(self, user_id: UUID, now: datetime, *, org_id: UUID | None = None) -> list[SessionEvent]:
+        """What tokens say of a person is wrong now: those of live sessions, in one organisation or all, are over."""
+        there = (SessionRow.org_id == org_id,) if org_id is not None else ()
+        return await self._apply(
+            update(SessionRow).where(
+                SessionRow.user_id == user_id, SessionRow.revoked_at.is_(None), SessionRow.expires_at > now, *there
+            )
+        )
+
+    async def _apply(self, change: Update) -> list[SessionEvent]:
+        """The one way in which sessions change: the version grows, and an event stays in the outbox."""
+        changed = (
+            change.values(version=SessionRow.version + 1)
+            .returning(SessionRow.id, SessionRow.org_id, SessionRow.version)
+            .cte("changed")
+        )
+        table = SessionOutboxRow
+        recorded = (
+            insert(table)
+            .from_select(["session_id", "org_id", "version"], select(changed))
+            .returning(table.id, table.session_id, table.org_id, table.version)
+        )
+        return [SessionEvent(*row) for row in await self._session.execute(recorded)]
 
     async def prune(self, now: datetime, batch_max: int) -> int:
         """Delete sessions that are over, with their tokens; at most `batch_max`. How many went."""
@@ -118,4 +144,5 @@ def _session(row: SessionRow) -> Session:
         revoked_at=row.revoked_at,
         user_agent=row.user_agent,
         address=str(row.address) if row.address else None,
+        version=row.version,
     )

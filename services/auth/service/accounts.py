@@ -20,6 +20,7 @@ from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository
 from services.auth.service.attempts import Attempts
+from services.auth.service.outbox import Outbox
 from services.auth.service.passwords import Passwords
 from services.auth.service.sessions import require_person
 from shared import ids
@@ -29,11 +30,17 @@ from shared.database import AsyncSession
 
 class Accounts:
     def __init__(
-        self, sessions: async_sessionmaker[AsyncSession], passwords: Passwords, attempts: Attempts, clock: Clock
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        passwords: Passwords,
+        attempts: Attempts,
+        outbox: Outbox,
+        clock: Clock,
     ) -> None:
         self._sessions = sessions
         self._passwords = passwords
         self._attempts = attempts
+        self._outbox = outbox
         self._clock = clock
 
     async def register(self, *, username: str, email: str, password: str, origin: Origin) -> Account:
@@ -90,9 +97,12 @@ class Accounts:
             accounts = AccountRepository(session)
             if not await accounts.replace_password_hash(actor.user_id, account.password_hash, new_hash, now):
                 raise WrongPassword(param="old_password", detail="password or status changed meanwhile")
-            await SessionRepository(session).revoke_all(actor.user_id, now, "password_changed", but=actor.session_id)
+            events = await SessionRepository(session).revoke_all(
+                actor.user_id, now, "password_changed", but=actor.session_id
+            )
             entry = audit_entry(actor, "user.password_changed", "user", actor.user_id, actor.org_id)
             await audit.append(session, entry, now)
+        await self._outbox.deliver(events)
 
     async def _record_wrong_password(self, actor: Actor) -> None:
         entry = audit_entry(actor, "user.password_change_failed", "user", actor.user_id, actor.org_id)

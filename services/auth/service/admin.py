@@ -13,6 +13,7 @@ from services.auth.domain import (
     ApiKey,
     AuditFilter,
     AuditLine,
+    Event,
     Page,
     UserStatus,
     audit_entry,
@@ -93,9 +94,9 @@ class Admin:
             if before is status:
                 return status
             await accounts.set_status(user_id, status, now)
+            events: list[Event] = [*await KeyRepository(session, tenant=None).owner_changed(user_id)]
             if status is UserStatus.DISABLED:
-                await SessionRepository(session).revoke_all(user_id, now, "user_disabled")
-            events = await KeyRepository(session, tenant=None).owner_changed(user_id)
+                events += await SessionRepository(session).revoke_all(user_id, now, "user_disabled")
             entry = audit_entry(
                 actor, "user.status_set", "user", user_id, actor.org_id, before=before.value, after=status.value
             )

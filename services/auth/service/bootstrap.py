@@ -14,6 +14,7 @@ from services.auth.errors import UserNotFound
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.keys import KeyRepository
+from services.auth.repository.sessions import SessionRepository
 from services.auth.service.accounts import Accounts
 from services.auth.service.keys import KeyDraft, Keys
 from services.auth.service.outbox import Outbox
@@ -78,7 +79,9 @@ class Bootstrap:
             if await accounts.lock_user(account.user_id) is None:
                 raise UserNotFound()
             await accounts.grant_role(account.user_id, role)
-            events = await KeyRepository(session, tenant=None).owner_changed(account.user_id)
+            now = self._clock.now()
+            keys = await KeyRepository(session, tenant=None).owner_changed(account.user_id)
+            signed_in = await SessionRepository(session).owner_changed(account.user_id, now)
             entry = AuditEntry(
                 action="user.role_granted",
                 target_type="user",
@@ -89,5 +92,5 @@ class Bootstrap:
                 origin=ORIGIN,
                 details={"before": sorted(account.roles), "after": sorted((*account.roles, role))},
             )
-            await audit.append(session, entry, self._clock.now())
-        await self._outbox.deliver(events)
+            await audit.append(session, entry, now)
+        await self._outbox.deliver([*keys, *signed_in])

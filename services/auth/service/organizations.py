@@ -33,6 +33,7 @@ from services.auth.repository.organizations import (
     organizations_of,
     take_invitation,
 )
+from services.auth.repository.sessions import SessionRepository
 from services.auth.service.outbox import Outbox
 from services.auth.service.sessions import require_person
 from shared import ids
@@ -145,13 +146,14 @@ class Organizations:
                 return member
             await repository.set_role(user_id, role)
             await self._keep_an_owner(repository)
-            events = await KeyRepository(session, tenant=org_id).owner_changed(user_id)
+            keys = await KeyRepository(session, tenant=org_id).owner_changed(user_id)
+            signed_in = await SessionRepository(session).owner_changed(user_id, self._clock.now(), org_id=org_id)
             entry = audit_entry(
                 actor, "member.role_set", "user", user_id, org_id, before=member.role.value, after=role.value
             )
             await audit.append(session, entry, self._clock.now())
             changed = await repository.member(user_id)
-        await self._outbox.deliver(events)
+        await self._outbox.deliver([*keys, *signed_in])
         return changed
 
     async def remove_member(self, actor: Actor, org_id: UUID, user_id: UUID) -> None:
@@ -170,7 +172,8 @@ class Organizations:
                 check_may_manage(own, member.role)
             await repository.remove_member(user_id)
             await self._keep_an_owner(repository)
-            events = await KeyRepository(session, tenant=org_id, owner=user_id).revoke_all(now)
+            keys = await KeyRepository(session, tenant=org_id, owner=user_id).revoke_all(now)
+            signed_in = await SessionRepository(session).owner_changed(user_id, now, org_id=org_id)
             entry = audit_entry(
                 actor,
                 "member.removed",
@@ -179,10 +182,10 @@ class Organizations:
                 org_id,
                 before=member.role.value,
                 after=None,
-                keys_revoked=len(events),
+                keys_revoked=len(keys),
             )
             await audit.append(session, entry, now)
-        await self._outbox.deliver(events)
+        await self._outbox.deliver([*keys, *signed_in])
 
     async def invite(self, actor: Actor, org_id: UUID, role: OrgRole, ttl_s: int | None) -> NewInvitation:
         """An invitation whose token works once.

@@ -6,19 +6,21 @@ is the thief: the whole session ends, for both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from services.auth.domain import Account, Actor, AuditEntry, Origin, Session, UserStatus
+from services.auth.domain import Account, Actor, AuditEntry, Origin, Session, SessionEvent, UserStatus
 from services.auth.errors import InvalidCredentials, InvalidRefreshToken, PasswordQueueFull, SessionNotFound
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository, StoredToken
 from services.auth.service import tokens as refresh_tokens
 from services.auth.service.attempts import Attempt, Attempts
+from services.auth.service.outbox import Outbox
 from services.auth.service.passwords import Passwords, Verdict
 from services.auth.service.tokens import Tokens
 from shared import ids
@@ -55,6 +57,7 @@ class Sessions:
         attempts: Attempts,
         tokens: Tokens,
         clock: Clock,
+        outbox: Outbox,
         metrics: AuthMetrics,
         limits: SessionLimits,
     ) -> None:
@@ -63,6 +66,7 @@ class Sessions:
         self._attempts = attempts
         self._tokens = tokens
         self._clock = clock
+        self._outbox = outbox
         self._metrics = metrics
         self._limits = limits
 
@@ -115,25 +119,29 @@ class Sessions:
             repository = SessionRepository(session)
             live = await repository.live(account.user_id, now)
             crowded_out = [old.id for old in live[self._limits.per_user_max - 1 :]]
-            await repository.revoke(crowded_out, now, "too_many_sessions")
+            events = await repository.revoke(crowded_out, now, "too_many_sessions")
             await repository.add(opened)
-            return await self._issue(repository, account, opened, now)
+            pair = await self._issue(repository, account, opened, now)
+        await self._outbox.deliver(events)
+        return pair
 
     async def refresh(self, refresh_token: str) -> TokenPair:
         """New tokens for a refresh token, which is used up. Raises InvalidRefreshToken for every reason alike."""
         now = self._clock.now()
         digest = refresh_tokens.digest(refresh_token)
+        events: Sequence[SessionEvent] = ()
         async with self._sessions.begin() as session:
             repository = SessionRepository(session)
             stored = await repository.lock_token(digest)
             if stored is not None and stored.used_at is not None:
-                await self._end_stolen(session, stored, now)
+                events = await self._end_stolen(session, stored, now)
             elif stored is not None and stored.expires_at > now and _is_live(stored.session, now):
                 account = await AccountRepository(session).find(stored.session.user_id, stored.session.org_id)
                 if account is not None and account.status is UserStatus.ACTIVE:
                     await repository.use_token(digest, stored.session.id, now)
                     return await self._issue(repository, account, stored.session, now)
         # Raised after the transaction, so that a stolen session's end is committed.
+        await self._outbox.deliver(events)
         raise InvalidRefreshToken()
 
     async def logout(self, identity: Identity, refresh_token: str | None) -> None:
@@ -149,7 +157,8 @@ class Sessions:
             if refresh_token is not None:
                 stored = await repository.lock_token(refresh_tokens.digest(refresh_token))
                 ending += [stored.session.id] if stored else []
-            await repository.revoke(ending, self._clock.now(), "logout")
+            events = await repository.revoke(ending, self._clock.now(), "logout")
+        await self._outbox.deliver(events)
 
     async def list(self, actor: Actor) -> list[Session]:
         """The person's live sessions, newest first. Raises PermissionDenied for an API key."""
@@ -164,7 +173,8 @@ class Sessions:
             repository = SessionRepository(session)
             if await repository.find(session_id, actor.user_id) is None:
                 raise SessionNotFound()
-            await repository.revoke([session_id], self._clock.now(), "revoked")
+            events = await repository.revoke([session_id], self._clock.now(), "revoked")
+        await self._outbox.deliver(events)
 
     async def prune(self) -> bool:
         """Delete one batch of sessions that are over; whether there may be more."""
@@ -179,21 +189,22 @@ class Sessions:
         expires_at = min(now + timedelta(seconds=self._limits.refresh_ttl_s), session.expires_at)
         await repository.add_token(session.id, refresh_tokens.digest(refresh_token), now=now, expires_at=expires_at)
         return TokenPair(
-            access_token=self._tokens.access(account, session.id),
+            access_token=self._tokens.access(account, session),
             refresh_token=refresh_token,
             expires_in_s=self._tokens.access_ttl_s,
             refresh_expires_in_s=int((expires_at - now).total_seconds()),
         )
 
-    async def _end_stolen(self, session: AsyncSession, stored: StoredToken, now: datetime) -> None:
+    async def _end_stolen(self, session: AsyncSession, stored: StoredToken, now: datetime) -> Sequence[SessionEvent]:
         if stored.session.revoked_at is not None:
-            return
+            return []
         owner = stored.session
-        await SessionRepository(session).revoke([owner.id], now, "refresh_token_reused")
+        events = await SessionRepository(session).revoke([owner.id], now, "refresh_token_reused")
         entry = AuditEntry(
             "session.refresh_token_reused", "session", owner.id, owner.user_id, None, owner.org_id, Origin(), {}
         )
         await audit.append(session, entry, now)
+        return events
 
     async def _record_failure(
         self, account: Account | None, verdict: Verdict, origin: Origin, attempt: Attempt

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from uuid import UUID
 
 from jose import jwt
 
-from services.auth.domain import Account
+from services.auth.domain import Account, Session
 from services.auth.service.signing import SigningKeys
 from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, TOKEN_TYPE
 from shared.clock import Clock
@@ -25,7 +24,7 @@ class Tokens:
         self._clock = clock
         self.access_ttl_s = access_ttl_s
 
-    def access(self, account: Account, session_id: UUID) -> str:
+    def access(self, account: Account, session: Session) -> str:
         """An ES256 JWT that says who the account is."""
         now = int(self._clock.now().timestamp())
         claims = {
@@ -33,7 +32,8 @@ class Tokens:
             "aud": AUDIENCE,
             "sub": str(account.user_id),
             "org": str(account.org_id),
-            "sid": str(session_id),
+            "sid": str(session.id),
+            "ver": session.version,
             "username": account.username,
             "roles": list(account.roles),
             "plan": account.plan,

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, replace
 
 from services.gateway.addresses import owned_by
-from services.gateway.domain import KeyRecord
+from services.gateway.domain import Ceilings, KeyRecord
 from services.gateway.keys import Found, KeyStore
 from services.gateway.sessions import SessionStore
 from services.gateway.tokens import AccessTokens
@@ -39,6 +39,7 @@ from shared.telemetry import GatewayMetrics
 CREDENTIAL_CHARS_MAX = 4_096
 STALE_ATTEMPTS_MAX = 3
 SCHEMES = ("bearer", "apikey")
+OWNERS = {"user": "the user", "organization": "the organisation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Admission:
         metrics: GatewayMetrics,
         user_limits: Limits,
         anonymous_limits: Limits,
+        ceilings: Ceilings,
         gateways: int,
     ) -> None:
         self._keys = keys
@@ -79,6 +81,7 @@ class Admission:
         self._clock = clock
         self._user_limits = user_limits
         self._anonymous_limits = anonymous_limits
+        self._ceilings = ceilings
         self._decisions = metrics.admissions
         self._admitted = metrics.admissions.labels("admitted")
         self._duration_s = metrics.limiter_duration_s
@@ -96,10 +99,7 @@ class Admission:
 
     def release(self, lease: Lease) -> None:
         """Give back the place of a request that has ended."""
-        if lease.name:
-            self._limiter.release(lease)
-        else:
-            self._local.release(lease)
+        (self._local if lease.local else self._limiter).release(lease)
 
     async def _admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
         if route.access is Access.PUBLIC:
@@ -125,6 +125,7 @@ class Admission:
             limits=self._user_limits,
             version_name=verified.version_name,
             version=str(verified.version),
+            ceilings=self._ceilings.subjects(identity.org_id, identity.user_id),
         )
         weight = 0 if denied else route.weight
         for _ in range(STALE_ATTEMPTS_MAX):
@@ -149,7 +150,7 @@ class Admission:
                 if not found.fresh:  # without Redis only PostgreSQL knows whether the key still stands
                     found = await self._keys.refresh(found.record)
                     identity, denied, weight = _asked(route, method, found.record, address)
-                decision = self._decide_locally(self._local, found.record.subject, weight)
+                decision = self._decide_locally(self._local, found.record.subject(self._ceilings), weight)
             if decision.verdict is not Verdict.STALE:
                 return self._judged(identity, denied, decision)
             found = await self._keys.refresh(found.record)
@@ -159,7 +160,7 @@ class Admission:
         """Redis's decision. Raises RedisUnavailable, also when it answers but would not take the key's version."""
         if not found.filled:
             raise RedisUnavailable("the key's version could not be written")
-        return await self._decide_in_redis(found.record.subject, weight)
+        return await self._decide_in_redis(found.record.subject(self._ceilings), weight)
 
     async def _decide(self, subject: Subject, weight: int, local: LocalLimiter) -> Decision:
         try:
@@ -203,8 +204,12 @@ def credential_of(authorization: str | None, x_api_key: str | None) -> str | Non
 def _asked(route: Route, method: str, record: KeyRecord, address: str) -> tuple[Identity, PermissionDenied | None, int]:
     """Who asks, why not, and what it draws: nothing when it is denied."""
     identity = record.identity(address)
-    denied = _denial(route, method, identity)
+    denied = _denial(route, method, identity) if record.may_be_used_from(address) else _wrong_address()
     return identity, denied, 0 if denied else route.weight
+
+
+def _wrong_address() -> PermissionDenied:
+    return PermissionDenied("This key may not be used from your address.", code="address_not_allowed")
 
 
 def _denial(route: Route, method: str, identity: Identity) -> PermissionDenied | None:
@@ -226,14 +231,17 @@ def _denial(route: Route, method: str, identity: Identity) -> PermissionDenied |
 def _too_many(decision: Decision, headers: dict[str, str]) -> RateLimited:
     window = decision.violated
     if window is None:
+        whose = OWNERS.get(decision.crowded or "", "this key, user or address")
         return RateLimited(
-            "Too many requests of this key or user run at once. Wait for one to end.",
+            f"Too many requests of {whose} run at once. Wait for one to end.",
             code="concurrency_limit_exceeded",
             retry_after_s=decision.retry_after_s,
             headers=headers,
         )
+    whose = f" of {OWNERS[window.owner]}" if window.owner else ""
+    per = window.name.removeprefix(f"{window.owner}-")
     return RateLimited(
-        f"The limit of {window.quota} requests per {window.name} is reached. Retry in {decision.retry_after_s} s.",
+        f"The limit{whose} of {window.quota} requests per {per} is reached. Retry in {decision.retry_after_s} s.",
         retry_after_s=decision.retry_after_s,
         headers=headers,
     )

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from services.gateway.access_log import AccessLog
 from services.gateway.addresses import ClientAddresses, parse_networks
 from services.gateway.admission import Admission
+from services.gateway.domain import Ceilings
 from services.gateway.edge import Edge
 from services.gateway.guesses import Guesses
 from services.gateway.internal import InternalPages
@@ -31,6 +32,7 @@ from shared.apikeys import Peppers
 from shared.clock import SystemClock
 from shared.identity import IdentityRing
 from shared.limits import LocalLimiter, RedisLimiter, RedisLink
+from shared.limits.policy import HOUR_S
 from shared.runtime import HttpServer, Service
 from shared.telemetry import GatewayMetrics, HttpMetrics, new_registry
 from shared.web import Readiness
@@ -47,14 +49,18 @@ class _Floor:
     registry: CollectorRegistry
     metrics: GatewayMetrics
     link: RedisLink
-    session: aiohttp.ClientSession
+    http_metrics: HttpMetrics
+    addresses: ClientAddresses
+    access_log: AccessLog
     upstreams: dict[str, Upstream]
+    discovery: Discovery
     routes: RouteTable
 
 
 async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Readiness) -> Service:
     """Construct, connect, hand down. Starts without Redis, PostgreSQL or any service; they are tried again."""
-    floor = await _floor(settings, stack)
+    floor = _floor(settings, stack)
+    await floor.discovery.look()
     repository = await stack.enter_async_context(
         KeyRepository(
             settings.gateway_database_url.get_secret_value(),
@@ -65,7 +71,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
     guesses = Guesses(floor.clock, per_minute=settings.gateway_unknown_keys_per_minute)
     keys = _keys(settings, floor, repository, guesses)
     await stack.enter_async_context(floor.link)  # after everything that subscribes
-    key_set = JsonWebKeySet(floor.session, floor.upstreams["auth"], floor.clock)
+    key_set = JsonWebKeySet(floor.upstreams["auth"], floor.clock)
     limiter = RedisLimiter(floor.link, lease_ttl_s=settings.gateway_lease_ttl_s)
     admission = Admission(
         keys=keys,
@@ -73,11 +79,12 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         sessions=SessionStore(repository, floor.link, floor.clock),
         limiter=limiter,
         local=LocalLimiter(floor.clock),
-        local_addresses=LocalLimiter(floor.clock),
+        local_addresses=LocalLimiter(floor.clock, longest_window_s=HOUR_S),
         clock=floor.clock,
         metrics=floor.metrics,
         user_limits=settings.user_limits,
         anonymous_limits=settings.anonymous_limits,
+        ceilings=Ceilings(settings.user_ceiling, settings.organization_ceiling),
         gateways=settings.gateway_replicas,
     )
     usage = UsageEvents(floor.link, floor.metrics, queue_max=settings.gateway_usage_queue_max)
@@ -90,9 +97,18 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
     )
     _add_checks(readiness, floor, repository)
     pages = _pages(settings, floor, readiness)
+    edge = Edge(
+        pages=pages,
+        access_log=floor.access_log,
+        metrics=floor.http_metrics,
+        addresses=floor.addresses,
+        is_public_tls=settings.is_public_tls,
+    )
+    relay = _relay(settings, floor, admission, usage)
+    stack.callback(relay.close)
     return Service(
         http=[
-            HttpServer(_edge(settings, stack, floor, admission, pages, usage), settings.gateway_listen),
+            HttpServer(edge, settings.gateway_listen, partial(EdgeProtocol, relay, Targets(floor.routes))),
             HttpServer(InternalPages(pages, floor.registry), settings.gateway_internal_listen),
         ],
         tasks={
@@ -100,11 +116,12 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
             "leases": lambda: renew_leases(limiter, settings.gateway_lease_ttl_s / 3),
             "jwks": lambda: refresh_key_set(key_set, settings.gateway_jwks_interval_s),
             "usage": usage.run,
+            "services": lambda: floor.discovery.run(settings.gateway_services_interval_s),
         },
     )
 
 
-async def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
+def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
     clock = SystemClock()
     registry = new_registry()
     link = RedisLink(
@@ -113,14 +130,34 @@ async def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
         timeout_ms=settings.gateway_redis_timeout_ms,
         pending_max=settings.gateway_redis_pending_max,
     )
-    session = await stack.enter_async_context(create_session(settings.gateway_connect_timeout_ms))
     urls = {
         "auth": settings.auth_url,
         "billing": settings.billing_url,
         "chat": settings.chat_url,
         "inference": settings.inference_url,
     }
-    return _Floor(clock, registry, GatewayMetrics(registry), link, session, create_upstreams(urls, clock), RouteTable())
+    metrics = GatewayMetrics(registry)
+    pools = PoolSettings(
+        connections_max=settings.gateway_replica_connections_max,
+        connect_timeout_s=settings.gateway_connect_timeout_ms / 1000,
+    )
+    upstreams = {name: Upstream(name, static(url), clock, pools, metrics) for name, url in urls.items()}
+    for upstream in upstreams.values():
+        stack.callback(upstream.close)
+    access_log = AccessLog(SERVICE, sample=settings.gateway_access_log_sample)
+    stack.callback(access_log.flush)
+    return _Floor(
+        clock=clock,
+        registry=registry,
+        metrics=metrics,
+        http_metrics=HttpMetrics(registry, SERVICE),
+        addresses=ClientAddresses(parse_networks(settings.trusted_proxies)),
+        access_log=access_log,
+        link=link,
+        upstreams=upstreams,
+        discovery=Discovery(upstreams, urls, settings.gateway_services_file),
+        routes=RouteTable(),
+    )
 
 
 def _keys(settings: GatewaySettings, floor: _Floor, repository: KeyRepository, guesses: Guesses) -> KeyStore:
@@ -140,7 +177,6 @@ def _keys(settings: GatewaySettings, floor: _Floor, repository: KeyRepository, g
 
 def _pages(settings: GatewaySettings, floor: _Floor, readiness: Readiness) -> Pages:
     openapi = OpenApi(
-        session=floor.session,
         upstreams=floor.upstreams,
         routes=floor.routes,
         public_url=settings.public_url,
@@ -152,39 +188,25 @@ def _pages(settings: GatewaySettings, floor: _Floor, readiness: Readiness) -> Pa
     )
 
 
-def _edge(
-    settings: GatewaySettings,
-    stack: AsyncExitStack,
-    floor: _Floor,
-    admission: Admission,
-    pages: Pages,
-    usage: UsageEvents,
-) -> Edge:
-    relay = Relay(
-        session=floor.session,
+def _relay(settings: GatewaySettings, floor: _Floor, admission: Admission, usage: UsageEvents) -> Relay:
+    return Relay(
+        upstreams=floor.upstreams,
+        admission=admission,
         ring=IdentityRing(settings.identity_keys.get_secret_value(), floor.clock),
-        clock=floor.clock,
-        metrics=floor.metrics,
+        usage=usage,
+        access_log=floor.access_log,
+        gateway_metrics=floor.metrics,
+        http_metrics=floor.http_metrics,
         timeouts=Timeouts(
             first_byte_s=settings.gateway_first_byte_timeout_s,
             idle_s=settings.gateway_idle_timeout_s,
             total_s=settings.gateway_total_timeout_s,
         ),
+        cors=Cors(settings.gateway_cors_origins),
+        addresses=floor.addresses,
         body_bytes_max=settings.gateway_body_bytes_max,
-    )
-    access_log = AccessLog(SERVICE)
-    stack.callback(access_log.flush)
-    return Edge(
-        routes=floor.routes,
-        upstreams=floor.upstreams,
-        admission=admission,
-        relay=relay,
-        pages=pages,
-        usage=usage,
-        access_log=access_log,
-        metrics=HttpMetrics(floor.registry, SERVICE),
-        addresses=ClientAddresses(parse_networks(settings.trusted_proxies)),
-        body_bytes_max=settings.gateway_body_bytes_max,
+        gzip_bytes_min=settings.gateway_gzip_bytes_min,
+        is_public_tls=settings.is_public_tls,
         tracing=settings.otlp_endpoint is not None,
     )
 
@@ -196,4 +218,8 @@ def _add_checks(readiness: Readiness, floor: _Floor, repository: KeyRepository) 
     readiness.add("redis", redis)
     readiness.add("postgres", repository.ping)
     for name, upstream in floor.upstreams.items():
-        readiness.add(name, partial(reach, floor.session, upstream))
+        readiness.add(name, partial(_reachable, upstream))
+
+
+async def _reachable(upstream: Upstream) -> None:
+    upstream.reachable()

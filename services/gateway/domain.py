@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+from services.gateway.addresses import is_within
 from shared import apikeys
 from shared.identity import Identity
 from shared.limits.policy import Limits, Subject
@@ -15,9 +17,29 @@ from shared.limits.policy import Limits, Subject
 ACTIVE = "active"
 
 
-@dataclass(frozen=True, slots=True)
+class Ceilings(NamedTuple):
+    """What bounds all requests of a user in an organisation, and all of the organisation; None for no such bound."""
+
+    user: Limits | None = None
+    organization: Limits | None = None
+
+    def subjects(self, org_id: str, user_id: str) -> tuple[Subject, ...]:
+        """Their subjects, in the organisation's slot."""
+        found = []
+        if self.user is not None:
+            found.append(Subject(org_id, f"all-of-{user_id}", self.user, owner="user"))
+        if self.organization is not None:
+            found.append(Subject(org_id, "all", self.organization, owner="organization"))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class KeyRecord:
-    """A key, its owner and what it may do. `models` None means all; `expires_at` None means never."""
+    """A key, its owner and what it may do.
+
+    `models` None means all; `allowed_addresses` None means any, else networks (CIDR); `expires_at` None means never.
+    `user_ceiling` and `organization_ceiling` bound all keys of the user in this organisation, and all of it together.
+    """
 
     digest: str
     pepper: int
@@ -34,21 +56,40 @@ class KeyRecord:
     version: int
     status: str
     expires_at: datetime | None
+    allowed_addresses: tuple[str, ...] | None = None
+    user_ceiling: Limits | None = None
+    organization_ceiling: Limits | None = None
 
-    @property
-    def subject(self) -> Subject:
-        """Whose limits a request with this key draws on; admission needs a positive match of the version."""
-        return Subject(
-            tag=self.org_id,
-            limit_id=self.limit_id,
-            limits=self.limits,
-            version_name=apikeys.version_name(self.org_id, self.key_id),
-            version=str(self.version),
-        )
+    def subject(self, installation: Ceilings) -> Subject:
+        """Whose limits a request with this key draws on; admission needs a positive match of the version.
+
+        The key's own ceilings (its plan's) count before the installation's.
+        """
+        subject = self._subjects.get(installation)
+        if subject is None:
+            ceilings = Ceilings(
+                self.user_ceiling or installation.user, self.organization_ceiling or installation.organization
+            )
+            subject = self._subjects[installation] = Subject(
+                tag=self.org_id,
+                limit_id=self.limit_id,
+                limits=self.limits,
+                version_name=apikeys.version_name(self.org_id, self.key_id),
+                version=str(self.version),
+                ceilings=ceilings.subjects(self.org_id, self.user_id),
+            )
+        return subject
+
+    @cached_property
+    def _subjects(self) -> dict[Ceilings, Subject]:
+        return {}
 
     def is_usable(self, now: datetime) -> bool:
         """Judged at every use: active, and not past its expiry."""
         return self.status == ACTIVE and (self.expires_at is None or now < self.expires_at)
+
+    def may_be_used_from(self, address: str) -> bool:
+        return self.allowed_addresses is None or is_within(address, self.allowed_addresses)
 
     def identity(self, address: str) -> Identity:
         return Identity(
@@ -90,6 +131,7 @@ def record_from_row(row: Mapping[str, Any]) -> KeyRecord:
     """From a row of auth.key_view, or the same as JSON; raises KeyError, TypeError or ValueError for anything else."""
     limits = row["limits"] if isinstance(row["limits"], dict) else json.loads(row["limits"])
     expires_at = row["expires_at"]
+    allowed = row.get("allowed_addresses")
     return KeyRecord(
         digest=row["digest"],
         pepper=int(row["pepper"]),
@@ -106,6 +148,9 @@ def record_from_row(row: Mapping[str, Any]) -> KeyRecord:
         version=int(row["version"]),
         status=row["status"],
         expires_at=datetime.fromisoformat(expires_at) if isinstance(expires_at, str) else expires_at,
+        allowed_addresses=None if allowed is None else tuple(str(network) for network in allowed),
+        user_ceiling=Limits.ceiling(limits.get("user") or {}),
+        organization_ceiling=Limits.ceiling(limits.get("organization") or {}),
     )
 
 
@@ -125,15 +170,15 @@ def record_to_json(record: KeyRecord) -> str:
             "scopes": record.scopes,
             "models": record.models,
             "limits": {
-                "minute": record.limits.minute,
-                "hour": record.limits.hour,
-                "day": record.limits.day,
-                "concurrency": record.limits.concurrency,
+                **record.limits.to_record(),
                 "tokens_per_minute": record.tokens_per_minute,
+                "user": record.user_ceiling.to_record() if record.user_ceiling else None,
+                "organization": record.organization_ceiling.to_record() if record.organization_ceiling else None,
             },
             "version": record.version,
             "status": record.status,
             "expires_at": record.expires_at.isoformat() if record.expires_at else None,
+            "allowed_addresses": record.allowed_addresses,
         },
         separators=(",", ":"),
     )

@@ -12,10 +12,7 @@ from services.gateway.domain import KeyRecord, SessionRecord, record_from_row
 from shared.database import dsn
 
 BY_DIGEST = """
-SELECT digest, pepper, key_id, limit_id, org_id, user_id, plan, roles, scopes, models, limits, version, status,
-       expires_at
-  FROM auth.key_view
- WHERE digest = ANY($1::text[])
+SELECT * FROM auth.key_view WHERE digest = ANY($1::text[])
 """
 SESSION_BY_ID = """
 SELECT user_id, org_id, version, status, expires_at FROM auth.session_view WHERE session_id = $1::uuid

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, SecretStr
 
 from shared.limits import Limits
@@ -25,6 +27,13 @@ class GatewaySettings(ServiceSettings):
     trusted_proxies: str = ""  # networks, separated by commas, whose X-Forwarded-For is believed
     gateway_body_bytes_max: int = Field(default=1024 * 1024, ge=1)
 
+    gateway_gzip_bytes_min: int = Field(default=4 * 1024, ge=1)  # responses of a known length from here on
+    gateway_cors_origins: str = ""  # origins, separated by commas, or *; none: no page of another origin reads answers
+    gateway_access_log_sample: float = Field(default=1.0, ge=0, le=1)  # of the responses below 400
+
+    gateway_services_file: Path | None = None  # {"chat": ["http://…"]}; wins over TOLLGATE_<SERVICE>_URL
+    gateway_services_interval_s: float = Field(default=1.0, gt=0)  # between looks at it, at DNS, and at each replica
+    gateway_replica_connections_max: int = Field(default=1_024, ge=1)
     gateway_connect_timeout_ms: int = Field(default=1_000, ge=1)
     gateway_first_byte_timeout_s: float = Field(default=300, gt=0)
     gateway_idle_timeout_s: float = Field(default=60, gt=0)
@@ -47,7 +56,16 @@ class GatewaySettings(ServiceSettings):
     gateway_user_concurrency: int = Field(default=20, ge=0)
     gateway_anonymous_per_minute: int = Field(default=60, ge=0)
     gateway_anonymous_per_hour: int = Field(default=1_000, ge=0)
-    gateway_anonymous_per_day: int = Field(default=10_000, ge=0)
+    # Ceilings of an installation, where a plan has none of its own: over all keys and sessions of a user in an
+    # organisation, and over all of an organisation. None: no such window; 0 at once: any number.
+    gateway_user_ceiling_per_minute: int | None = Field(default=None, ge=0)
+    gateway_user_ceiling_per_hour: int | None = Field(default=None, ge=0)
+    gateway_user_ceiling_per_day: int | None = Field(default=None, ge=0)
+    gateway_user_ceiling_concurrency: int = Field(default=0, ge=0)
+    gateway_organization_ceiling_per_minute: int | None = Field(default=None, ge=0)
+    gateway_organization_ceiling_per_hour: int | None = Field(default=None, ge=0)
+    gateway_organization_ceiling_per_day: int | None = Field(default=None, ge=0)
+    gateway_organization_ceiling_concurrency: int = Field(default=0, ge=0)
     gateway_lease_ttl_s: float = Field(default=60, gt=0)
 
     gateway_replicas: int = Field(default=1, ge=1)  # how many share the limits, until Redis has said how many live
@@ -56,6 +74,10 @@ class GatewaySettings(ServiceSettings):
     gateway_jwks_interval_s: float = Field(default=300, gt=0)
     gateway_readiness_ttl_s: float = Field(default=1, gt=0)
     gateway_usage_queue_max: int = Field(default=10_000, ge=1)
+
+    @property
+    def is_public_tls(self) -> bool:
+        return self.public_url.startswith("https://")
 
     @property
     def user_limits(self) -> Limits:
@@ -68,6 +90,18 @@ class GatewaySettings(ServiceSettings):
 
     @property
     def anonymous_limits(self) -> Limits:
-        return Limits(
-            self.gateway_anonymous_per_minute, self.gateway_anonymous_per_hour, self.gateway_anonymous_per_day
-        )
+        """No day: an address that came once leaves a hundred bytes for an hour."""
+        return Limits(self.gateway_anonymous_per_minute, self.gateway_anonymous_per_hour, None)
+
+    @property
+    def user_ceiling(self) -> Limits | None:
+        return self._ceiling("user")
+
+    @property
+    def organization_ceiling(self) -> Limits | None:
+        return self._ceiling("organization")
+
+    def _ceiling(self, whose: str) -> Limits | None:
+        prefix = f"gateway_{whose}_ceiling"
+        figures = {name: getattr(self, f"{prefix}_per_{name}") for name in ("minute", "hour", "day")}
+        return Limits.ceiling({**figures, "concurrency": getattr(self, f"{prefix}_concurrency")})

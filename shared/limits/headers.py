@@ -7,20 +7,24 @@ All resets say when the window begins to give something back.
 
 from __future__ import annotations
 
-import math
+from math import ceil
 
-from shared.limits.policy import Decision, WindowState
+from shared.limits.policy import Decision
 from shared.limits.tokens import TokenDecision
 
 
 def rate_limit_headers(decision: Decision) -> dict[str, str]:
     """The headers of every limited response, admitted or not; `Retry-After` is the error's own business."""
-    if not decision.windows:
+    windows = decision.windows
+    if not windows:
         return {}
-    tightest = min(decision.windows, key=lambda w: (w.remaining, -w.reset_s))
+    tightest = windows[0]
+    for window in windows:
+        if (window.remaining, -window.reset_s) < (tightest.remaining, -tightest.reset_s):
+            tightest = window
     return {
-        "ratelimit-policy": ",".join([f'"{w.name}";q={w.quota};w={w.length_s}' for w in decision.windows]),
-        "ratelimit": ",".join([f'"{w.name}";r={w.remaining};t={_reset(w)}' for w in decision.windows]),
+        "ratelimit-policy": decision.policy,
+        "ratelimit": ",".join([f'"{w.name}";r={w.remaining};t={ceil(w.wait_s or w.reset_s)}' for w in windows]),
         "x-ratelimit-limit-requests": str(tightest.quota),
         "x-ratelimit-remaining-requests": str(tightest.remaining),
         "x-ratelimit-reset-requests": duration(tightest.wait_s or tightest.reset_s),
@@ -38,15 +42,11 @@ def token_headers(decision: TokenDecision) -> dict[str, str]:
     }
 
 
-def _reset(window: WindowState) -> int:
-    return math.ceil(window.wait_s or window.reset_s)
-
-
 def duration(seconds: float) -> str:
     """A Go duration in whole milliseconds below a second, else in whole seconds; rounded up."""
     if seconds < 1:
-        return f"{math.ceil(seconds * 1_000)}ms"
-    minutes, rest = divmod(math.ceil(seconds), 60)
+        return f"{ceil(seconds * 1_000)}ms"
+    minutes, rest = divmod(ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{hours}h"] if hours else []
     if hours or minutes:

@@ -1,90 +1,166 @@
-"""The limiter in Redis: one script a request, exact over any number of processes."""
+"""The limiter in Redis: one script a request, exact over any number of processes.
+
+A refusal by a window is remembered for as long as that window is certain to refuse, at most `refusals_s`: the log is
+exact, so nobody who asks again until then could be admitted, and a key far over its limit costs Redis nothing. It
+counts only for the very limits (and version of the key) that were refused, and not while Redis is away.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import time
+from collections import OrderedDict
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from shared.limits.link import RedisLink
-from shared.limits.policy import WINDOWS, Decision, Lease, Subject, Verdict, WindowState
+from shared.limits.link import Argument, RedisLink
+from shared.limits.policy import Decision, Lease, Subject, Verdict, WindowState
 from shared.limits.scripts import Script
 
 HERE = Path(__file__).parent
 ADMIT = HERE / "admit.lua"
 RENEW = HERE / "renew.lua"
 MICROSECONDS = 1_000_000
+REFUSALS_MAX = 10_000
+REFUSALS_S = 1.0
+RENEWALS_AT_ONCE = 100
+
+
+class _Refusal(NamedTuple):
+    """What Redis refused: certain to be refused again until `until_s`."""
+
+    subject: Subject
+    weight: int
+    decision: Decision
+    received_s: float
+    until_s: float
 
 
 class RedisLimiter:
     """Decides by admit.lua, and keeps the leases of requests that run."""
 
-    def __init__(self, link: RedisLink, *, lease_ttl_s: float = 60, admit: Script | None = None) -> None:
+    def __init__(
+        self,
+        link: RedisLink,
+        *,
+        lease_ttl_s: float = 60,
+        refusals_max: int = REFUSALS_MAX,
+        refusals_s: float = REFUSALS_S,
+        admit: Script | None = None,
+    ) -> None:
         self._link = link
         self._lease_ttl_ms = int(lease_ttl_s * 1000)
+        self._refusals_max = refusals_max
+        self._refusals_s = refusals_s
+        self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
         self._admit = admit or Script.read(link, ADMIT)
         self._renew = Script.read(link, RENEW)
         self._lease_prefix = secrets.token_hex(8)
         self._lease_numbers = count()
         self._held: dict[str, set[str]] = {}
 
+    def refused(self, subject: Subject, weight: int) -> Decision | None:
+        """The refusal that Redis would give now without being asked, or None."""
+        refusal = self._refusals.get(subject.state_name)
+        if refusal is None:
+            return None
+        now_s = time.monotonic()
+        if now_s >= refusal.until_s or refusal.subject != subject:
+            del self._refusals[subject.state_name]
+            return None
+        if refusal.weight != weight or not self._link.up:
+            return None
+        return _aged(refusal.decision, now_s - refusal.received_s)
+
     async def admit(self, subject: Subject, *, weight: int = 1) -> Decision:
         """Decide and, when admitted, record. Weight 0 only looks. Raises RedisUnavailable: then nobody knows."""
-        limits = subject.limits
-        leased = bool(limits.concurrency and weight)
-        lease_id = f"{self._lease_prefix}-{next(self._lease_numbers)}" if leased else ""
-        names: tuple[str, ...] = (subject.state_name, subject.leases_name)
-        if subject.version_name:
-            names = (*names, subject.version_name)
-        arguments = (weight, *limits.quotas, limits.concurrency, lease_id, self._lease_ttl_ms, subject.version)
+        if self._refusals and weight and (refusal := self.refused(subject, weight)) is not None:
+            return refusal
+        lease_names = subject.lease_names if weight else ()
+        lease_id = f"{self._lease_prefix}-{next(self._lease_numbers)}" if lease_names else ""
+        sent_s = time.monotonic()
+        arguments: tuple[Argument, ...] = (weight, lease_id, self._lease_ttl_ms, subject.version, *subject.figures)
         try:
-            answer = await self._admit(names, arguments)
+            answer = await self._admit(subject.names, arguments)
         except asyncio.CancelledError:
-            if leased:  # replies are in order: this runs after the script, if that runs at all
-                self._link.send("ZREM", subject.leases_name, lease_id)
+            for name in lease_names:  # replies are in order: this runs after the script, if that runs at all
+                self._link.send("ZREM", name, lease_id)
             raise
-        decision = _decision(subject, answer)
-        if not (leased and decision.admitted):
-            return decision
-        self._held.setdefault(subject.leases_name, set()).add(lease_id)
-        lease = Lease(lease_id, subject.limit_id, subject.leases_name)
-        return Decision(decision.verdict, decision.windows, lease=lease)
+        if answer[0] == 1:
+            for name in lease_names:
+                self._held.setdefault(name, set()).add(lease_id)
+            lease = Lease(lease_id, lease_names) if lease_names else None
+            return Decision(Verdict.ADMITTED, _windows(subject, answer), None, lease, subject.policy)
+        if answer[0] == -1:
+            return Decision(Verdict.STALE)
+        decision = Decision(
+            Verdict.REFUSED, _windows(subject, answer), _crowded(subject, answer), policy=subject.policy
+        )
+        self._remember(subject, weight, decision, sent_s)
+        return decision
 
     def release(self, lease: Lease) -> None:
         """Give a place back. What does not reach Redis expires there."""
-        held = self._held.get(lease.name)
-        if held is None or lease.id not in held:
-            return
-        held.discard(lease.id)
-        if not held:
-            del self._held[lease.name]
-        self._link.send("ZREM", lease.name, lease.id)
+        for name in lease.names:
+            held = self._held.get(name)
+            if held is None or lease.id not in held:
+                continue
+            held.discard(lease.id)
+            if not held:
+                del self._held[name]
+            self._link.send("ZREM", name, lease.id)
 
     async def renew_leases(self) -> None:
         """Prolong the leases of all requests that run; call it at least twice per TTL. Raises RedisUnavailable."""
-        for name, ids in list(self._held.items()):
-            if ids:
-                await self._renew((name,), (self._lease_ttl_ms, *ids))
+        held = list(self._held.items())
+        for begin in range(0, len(held), RENEWALS_AT_ONCE):
+            batch = [(name, tuple(ids)) for name, ids in held[begin : begin + RENEWALS_AT_ONCE] if ids]
+            await asyncio.gather(*[self._renew((name,), (self._lease_ttl_ms, *ids)) for name, ids in batch])
+
+    def _remember(self, subject: Subject, weight: int, decision: Decision, sent_s: float) -> None:
+        """The wait counts from the script's own time, which was after `sent_s`."""
+        violated = decision.violated
+        if violated is None:
+            return
+        until_s = sent_s + min(violated.wait_s, self._refusals_s)
+        self._refusals[subject.state_name] = _Refusal(subject, weight, decision, time.monotonic(), until_s)
+        while len(self._refusals) > self._refusals_max:
+            self._refusals.popitem(last=False)
 
 
-def _decision(subject: Subject, answer: list[Any]) -> Decision:
-    verdict = Verdict(answer[0])
-    if verdict is Verdict.STALE:
-        return Decision(verdict)
-    windows = tuple(
+def _windows(subject: Subject, answer: list[Any]) -> tuple[WindowState, ...]:
+    return tuple(
         [
             WindowState(
                 name,
                 length_s,
                 quota,
-                answer[2 + 3 * i],
-                answer[3 + 3 * i] / MICROSECONDS,
-                answer[4 + 3 * i] / MICROSECONDS,
+                answer[at],
+                answer[at + 1] / MICROSECONDS,
+                answer[at + 2] / MICROSECONDS,
+                owner,
             )
-            for i, ((name, length_s), quota) in enumerate(zip(WINDOWS, subject.limits.quotas, strict=True))
+            for at, name, length_s, quota, owner in subject.windows
         ]
     )
-    too_many = bool(subject.limits.concurrency and answer[1] >= subject.limits.concurrency)
-    return Decision(verdict, windows, too_many_at_once=too_many and verdict is Verdict.REFUSED)
+
+
+def _crowded(subject: Subject, answer: list[Any]) -> str | None:
+    """Who has too many requests at once: the first of those that a request draws on."""
+    for which, drawn in enumerate(subject.drawn):
+        if drawn.limits.concurrency and answer[1 + 10 * which] >= drawn.limits.concurrency:
+            return drawn.owner
+    return None
+
+
+def _aged(decision: Decision, age_s: float) -> Decision:
+    """The same refusal somewhat later: never a wait that is shorter than the truth."""
+    windows = tuple(
+        [
+            w._replace(reset_s=max(w.reset_s - age_s, 0.001), wait_s=max(w.wait_s - age_s, 0.001) if w.wait_s else 0.0)
+            for w in decision.windows
+        ]
+    )
+    return Decision(Verdict.REFUSED, windows, decision.crowded, policy=decision.policy)

@@ -8,6 +8,7 @@ side has counted, the other does not know. Logs are kept over such switches, so 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from dataclasses import dataclass
 
 from shared.clock import Clock
 from shared.limits.policy import (
@@ -23,6 +24,7 @@ from shared.limits.policy import (
     Subject,
     Verdict,
     WindowState,
+    window_name,
 )
 
 COMPACT_ENTRIES = 256
@@ -30,55 +32,81 @@ SUBJECTS_MAX = 50_000
 
 
 class TooManySubjects(Exception):
-    """The table is full of subjects that drew within the last day; forgetting one would open its limits."""
+    """The table is full of subjects whose requests still count; forgetting one would open its limits."""
 
 
 class LocalLimiter:
-    """Exact minute and hour, conservative day, concurrency. Bounded: at most `subjects_max` logs."""
+    """Exact minute and hour, conservative day, concurrency. Bounded: at most `subjects_max` logs, of which one may be
+    forgotten when nothing was drawn for `longest_window_s`.
+    """
 
-    def __init__(self, clock: Clock, *, subjects_max: int = SUBJECTS_MAX) -> None:
+    def __init__(
+        self, clock: Clock, *, subjects_max: int = SUBJECTS_MAX, longest_window_s: float = DAY_S + CELL_S
+    ) -> None:
         self._clock = clock
         self._subjects_max = subjects_max
+        self._longest_window_s = longest_window_s
         self._logs: OrderedDict[str, _Log] = OrderedDict()
         self._leases = 0
 
     def admit(self, subject: Subject, *, weight: int = 1, parts: int = 1) -> Decision:
-        """Decide for one share out of `parts`. Raises TooManySubjects."""
+        """Decide for one share out of `parts`, all or nothing over the subject's ceilings. Raises TooManySubjects."""
         now_s = self._clock.monotonic_s()
-        limits = subject.limits.divided(parts)
-        log = self._log(subject.state_name, now_s)
-        log.advance(now_s)
-        windows = log.windows(limits, weight, now_s)
-        too_many = bool(limits.concurrency and weight and len(log.leases) >= limits.concurrency)
-        if too_many or any(w.wait_s > 0 for w in windows):
-            return Decision(Verdict.REFUSED, windows, too_many_at_once=too_many)
+        drawn = [_Drawn(each, each.limits.divided(parts), self._log(each.state_name, now_s)) for each in subject.drawn]
+        windows = [d.windows(weight, now_s) for d in drawn]
+        crowded = [d.subject.owner for d in drawn if weight and d.is_crowded]
+        flat = tuple([w for each in windows for w in each])
+        policy = ",".join([f'"{w.name}";q={w.quota};w={w.length_s}' for w in flat])
+        if crowded or any(w.wait_s > 0 for w in flat):
+            return Decision(Verdict.REFUSED, flat, crowded[0] if crowded else None, policy=policy)
         if not weight:
-            return Decision(Verdict.ADMITTED, windows)
-        log.record(now_s, weight)
-        lease = None
-        if limits.concurrency:
-            self._leases += 1
-            lease = Lease(id=str(self._leases), limit_id=subject.state_name)
-            log.leases.add(lease.id)
-        return Decision(Verdict.ADMITTED, log.windows(limits, 0, now_s), lease=lease)
+            return Decision(Verdict.ADMITTED, flat, policy=policy)
+        self._leases += 1
+        lease = Lease(str(self._leases), tuple(d.subject.state_name for d in drawn if d.limits.concurrency), local=True)
+        for d in drawn:
+            d.log.record(now_s, weight)
+            if d.limits.concurrency:
+                d.log.leases.add(lease.id)
+        after = tuple([w for d in drawn for w in d.windows(0, now_s)])
+        return Decision(Verdict.ADMITTED, after, lease=lease if lease.names else None, policy=policy)
 
     def release(self, lease: Lease) -> None:
         """Give a place back; one that is unknown is ignored."""
-        if log := self._logs.get(lease.limit_id):
-            log.leases.discard(lease.id)
+        for name in lease.names:
+            if log := self._logs.get(name):
+                log.leases.discard(lease.id)
 
     def _log(self, name: str, now_s: float) -> _Log:
         log = self._logs.get(name)
-        if log is not None:
-            self._logs.move_to_end(name)
-            return log
-        if len(self._logs) >= self._subjects_max:
-            oldest_name, oldest = next(iter(self._logs.items()))
-            if oldest.leases or oldest.last_s > now_s - DAY_S - CELL_S:
-                raise TooManySubjects
-            del self._logs[oldest_name]
-        log = self._logs[name] = _Log()
+        if log is None:
+            if len(self._logs) >= self._subjects_max:
+                oldest_name, oldest = next(iter(self._logs.items()))
+                if oldest.leases or oldest.last_s > now_s - self._longest_window_s:
+                    raise TooManySubjects
+                del self._logs[oldest_name]
+            log = self._logs[name] = _Log()
+        self._logs.move_to_end(name)
+        log.advance(now_s)
         return log
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One of the subjects that a request draws on, with this process's share of its limits."""
+
+    subject: Subject
+    limits: Limits
+    log: _Log
+
+    @property
+    def is_crowded(self) -> bool:
+        return 0 < self.limits.concurrency <= len(self.log.leases)
+
+    def windows(self, weight: int, now_s: float) -> list[WindowState]:
+        """The windows that are there, as they stand now."""
+        owner = self.subject.owner
+        states = self.log.windows(self.limits, weight, now_s)
+        return [w._replace(name=window_name(owner, w.name), owner=owner) for w in states] if owner else states
 
 
 class _Log:
@@ -120,14 +148,17 @@ class _Log:
         self.day_count += weight
         self.last_s = now_s
 
-    def windows(self, limits: Limits, weight: int, now_s: float) -> tuple[WindowState, ...]:
-        """The three windows as they stand at `now_s`, and how long `weight` more would have to wait."""
+    def windows(self, limits: Limits, weight: int, now_s: float) -> list[WindowState]:
+        """The windows that are there as they stand at `now_s`, and how long `weight` more would have to wait."""
         (minute, minute_s), (hour, hour_s), (day, day_s) = WINDOWS
-        return (
-            self._exact(minute, minute_s, limits.minute, self.minute_tail, weight, now_s),
-            self._exact(hour, hour_s, limits.hour, self.hour_tail, weight, now_s),
-            self._day(day, day_s, limits.day, weight, now_s),
-        )
+        states = []
+        if limits.minute is not None:
+            states.append(self._exact(minute, minute_s, limits.minute, self.minute_tail, weight, now_s))
+        if limits.hour is not None:
+            states.append(self._exact(hour, hour_s, limits.hour, self.hour_tail, weight, now_s))
+        if limits.day is not None:
+            states.append(self._day(day, day_s, limits.day, weight, now_s))
+        return states
 
     def _exact(self, name: str, length_s: int, quota: int, tail: int, weight: int, now_s: float) -> WindowState:
         used = len(self.times) - tail

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 MINUTE_S = 60
 HOUR_S = 3_600
@@ -27,48 +28,61 @@ CONCURRENCY_MAX = 1_000_000
 class Limits:
     """Requests that any interval of a minute, an hour and a day may admit, and how many may run at once (0: any).
 
-    Larger figures than the scheme can hold are cut to what it holds, never taken as "no limit".
+    None is no such window. Larger figures than the scheme can hold are cut to what it holds, never taken as "no limit".
     """
 
-    minute: int = MINUTE_QUOTA
-    hour: int = HOUR_QUOTA
-    day: int = DAY_QUOTA
+    minute: int | None = MINUTE_QUOTA
+    hour: int | None = HOUR_QUOTA
+    day: int | None = DAY_QUOTA
     concurrency: int = 0
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Limits:
-        """From a key's `limits`; what is missing or null has the default."""
-
-        def figure(name: str, default: int, largest: int) -> int:
-            value = record.get(name)
-            return default if value is None else min(max(int(value), 0), largest)
-
+        """From a key's `limits`; what is missing or null has the default. Raises TypeError or ValueError."""
         return cls(
-            minute=figure("minute", MINUTE_QUOTA, EXACT_QUOTA_MAX),
-            hour=figure("hour", HOUR_QUOTA, EXACT_QUOTA_MAX),
-            day=figure("day", DAY_QUOTA, DAY_QUOTA_MAX),
-            concurrency=figure("concurrency", 0, CONCURRENCY_MAX),
+            minute=_figure(record, "minute", MINUTE_QUOTA, EXACT_QUOTA_MAX),
+            hour=_figure(record, "hour", HOUR_QUOTA, EXACT_QUOTA_MAX),
+            day=_figure(record, "day", DAY_QUOTA, DAY_QUOTA_MAX),
+            concurrency=_figure(record, "concurrency", 0, CONCURRENCY_MAX) or 0,
         )
+
+    @classmethod
+    def ceiling(cls, record: Mapping[str, Any]) -> Limits | None:
+        """From a ceiling's figures; what is missing or null is not limited, and None is no ceiling at all."""
+        ceiling = cls(
+            minute=_figure(record, "minute", None, EXACT_QUOTA_MAX),
+            hour=_figure(record, "hour", None, EXACT_QUOTA_MAX),
+            day=_figure(record, "day", None, DAY_QUOTA_MAX),
+            concurrency=_figure(record, "concurrency", 0, CONCURRENCY_MAX) or 0,
+        )
+        return ceiling if ceiling.concurrency or any(quota is not None for quota in ceiling.quotas) else None
+
+    def to_record(self) -> dict[str, int | None]:
+        """The inverse of `from_record` and `ceiling`."""
+        return {"minute": self.minute, "hour": self.hour, "day": self.day, "concurrency": self.concurrency}
 
     def divided(self, parts: int) -> Limits:
         """One part of `parts`; their windows together admit no more than the whole. Concurrency keeps at least one."""
-        return Limits(
-            minute=self.minute // parts,
-            hour=self.hour // parts,
-            day=self.day // parts,
-            concurrency=max(1, self.concurrency // parts) if self.concurrency else 0,
-        )
+        minute, hour, day = (None if quota is None else quota // parts for quota in self.quotas)
+        return Limits(minute, hour, day, max(1, self.concurrency // parts) if self.concurrency else 0)
 
     @property
-    def quotas(self) -> tuple[int, int, int]:
+    def quotas(self) -> tuple[int | None, int | None, int | None]:
         return self.minute, self.hour, self.day
 
 
-@dataclass(frozen=True, slots=True)
+def _figure(record: Mapping[str, Any], name: str, default: int | None, largest: int) -> int | None:
+    value = record.get(name)
+    return default if value is None else min(max(int(value), 0), largest)
+
+
+@dataclass(frozen=True)
 class Subject:
     """Who draws on which limits. `tag` is the Redis hash tag (the organisation); `limit_id` is unique in it.
 
-    `version_name` and `version` ask for a positive match of a key's version; empty: no such check.
+    `version_name` and `version` ask for a positive match of a key's version; empty: no such check. `ceilings` are
+    subjects of the same tag that a request draws on as well, or on none; their `owner` says whose they are, in names of
+    windows and in messages. Build a subject once and keep it: what is derived from it is kept too.
     """
 
     tag: str
@@ -76,6 +90,8 @@ class Subject:
     limits: Limits
     version_name: str = ""
     version: str = ""
+    owner: str = ""
+    ceilings: tuple[Subject, ...] = ()
 
     @property
     def state_name(self) -> str:
@@ -87,6 +103,51 @@ class Subject:
         """Redis: the concurrent requests."""
         return f"{{{self.tag}}}:leases:{self.limit_id}"
 
+    @cached_property
+    def drawn(self) -> tuple[Subject, ...]:
+        """Everything that a request draws on."""
+        return (self, *self.ceilings)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Redis: everything that an admission touches, in the script's order."""
+        names = [name for subject in self.drawn for name in (subject.state_name, subject.leases_name)]
+        return (*names, self.version_name) if self.version_name else tuple(names)
+
+    @cached_property
+    def figures(self) -> tuple[int, ...]:
+        """The script's quotas: -1 for a window that is not there."""
+        return tuple(
+            figure
+            for subject in self.drawn
+            for figure in (*(-1 if q is None else q for q in subject.limits.quotas), subject.limits.concurrency)
+        )
+
+    @cached_property
+    def windows(self) -> tuple[tuple[int, str, int, int, str], ...]:
+        """The windows that are there: where their figures stand in the script's answer, name, length, quota, owner."""
+        return tuple(
+            (2 + 10 * which + 3 * i, window_name(subject.owner, name), length_s, quota, subject.owner)
+            for which, subject in enumerate(self.drawn)
+            for i, ((name, length_s), quota) in enumerate(zip(WINDOWS, subject.limits.quotas, strict=True))
+            if quota is not None
+        )
+
+    @cached_property
+    def policy(self) -> str:
+        """The RateLimit-Policy of these limits."""
+        return ",".join([f'"{name}";q={quota};w={length_s}' for _, name, length_s, quota, _ in self.windows])
+
+    @cached_property
+    def lease_names(self) -> tuple[str, ...]:
+        """Redis: where a request that runs holds a place."""
+        return tuple(subject.leases_name for subject in self.drawn if subject.limits.concurrency)
+
+
+def window_name(owner: str, window: str) -> str:
+    """How a window is called in headers: `minute`, or `organization-minute` for a ceiling's."""
+    return f"{owner}-{window}" if owner else window
+
 
 class Verdict(Enum):
     ADMITTED = 1
@@ -94,9 +155,11 @@ class Verdict(Enum):
     STALE = -1  # the key has another version in Redis, or none; nothing was looked at
 
 
-@dataclass(frozen=True, slots=True)
-class WindowState:
-    """One window after the decision. `reset_s`: until it gives something back; `wait_s`: until the refused fits."""
+class WindowState(NamedTuple):
+    """One window after the decision. `reset_s`: until it gives something back; `wait_s`: until the refused fits.
+
+    `owner`: whose ceiling it is; empty for the key's, the session's or the address's own.
+    """
 
     name: str
     length_s: int
@@ -104,16 +167,22 @@ class WindowState:
     remaining: int
     reset_s: float
     wait_s: float
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The limiter's answer. `lease` is to be released when an admitted request ends, where there is one."""
+    """The limiter's answer. `lease` is to be released when an admitted request ends, where there is one.
+
+    `crowded`: None, or who has too many requests at once ("" for the subject itself, else the ceiling's owner).
+    `policy` is the RateLimit-Policy header of `windows`.
+    """
 
     verdict: Verdict
     windows: tuple[WindowState, ...] = ()
-    too_many_at_once: bool = False
+    crowded: str | None = None
     lease: Lease | None = None
+    policy: str = ""
 
     @property
     def admitted(self) -> bool:
@@ -137,8 +206,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A place among the concurrent requests of a subject: in Redis under `name`, or in this process (no name)."""
+    """A place among the concurrent requests of `names`: in Redis, or in this process when `local`."""
 
     id: str
-    limit_id: str
-    name: str = ""
+    names: tuple[str, ...]
+    local: bool = False

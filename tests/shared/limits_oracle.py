@@ -37,7 +37,7 @@ class Oracle:
 
     def fits(self, limits: Limits, weight: int, time_us: int) -> tuple[bool, ...]:
         """For each window, whether a request would be within its quota."""
-        return tuple(u + weight <= q for u, q in zip(self.used(time_us), limits.quotas, strict=True))
+        return tuple(q is None or u + weight <= q for u, q in zip(self.used(time_us), limits.quotas, strict=True))
 
     def record(self, time_us: int, weight: int) -> None:
         self.admitted.extend([self.now(time_us)] * weight)

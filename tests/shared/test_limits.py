@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import math
 import random
+import re
 import sys
+import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +47,8 @@ from tests.shared.limits_oracle import (
     worst_case_arrivals,
 )
 
-SMALL = Limits(minute=5, hour=17, day=40)
+SMALL_MINUTE, SMALL_HOUR, SMALL_DAY = 5, 17, 40
+SMALL = Limits(SMALL_MINUTE, SMALL_HOUR, SMALL_DAY)
 CLOCK_CALL = "redis.call('TIME')"
 
 
@@ -54,7 +58,7 @@ class TimedScript(Script):
     def __init__(self, link: RedisLink) -> None:
         text = ADMIT.read_text()
         assert text.count(CLOCK_CALL) == 1
-        super().__init__(link, text.replace(CLOCK_CALL, "{ ARGV[9], ARGV[10] }"))
+        super().__init__(link, text.replace(CLOCK_CALL, "{ ARGV[#ARGV - 1], ARGV[#ARGV] }"))
         self.now = EPOCH
 
     async def __call__(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> Any:
@@ -67,7 +71,7 @@ class TimedLimiter:
     def __init__(self, link: RedisLink) -> None:
         self.link = link
         self.script = TimedScript(link)
-        self.limiter = RedisLimiter(link, admit=self.script)
+        self.limiter = RedisLimiter(link, refusals_s=0, admit=self.script)  # its clock is not ours
 
     async def admit(self, subject: Subject, time_us: int, weight: int = 1) -> Decision:
         self.script.now = time_us
@@ -101,7 +105,8 @@ def check(decision: Decision, oracle: Oracle, limits: Limits, weight: int, time_
     assert decision.admitted == all(fits)
     if decision.admitted:
         oracle.record(time_us, weight)
-    for window, used, fit in zip(decision.windows, oracle.used(time_us), fits, strict=True):
+    present = [(u, f) for u, f, q in zip(oracle.used(time_us), fits, limits.quotas, strict=True) if q is not None]
+    for window, (used, fit) in zip(decision.windows, present, strict=True):
         assert window.remaining == max(window.quota - used, 0)
         assert window.reset_s > 0
         assert (window.wait_s > 0) == (not fit)
@@ -113,13 +118,91 @@ async def test_every_decision_is_the_oracles(timed: TimedLimiter, seed: int) -> 
     for time_us in arrivals(seed, 400):
         weight = rng.choice((1, 1, 1, 1, 2, 3, 0, 6))
         decision = await timed.admit(it, time_us, weight)
-        if weight <= SMALL.minute:
+        if weight <= SMALL_MINUTE:
             check(decision, oracle, SMALL, weight, time_us)
         else:
             assert not decision.admitted
-    assert most_in_any_interval(oracle.admitted, MINUTE) <= SMALL.minute
-    assert most_in_any_interval(oracle.admitted, HOUR) <= SMALL.hour
-    assert most_in_any_interval(oracle.admitted, DAY) <= SMALL.day
+    assert most_in_any_interval(oracle.admitted, MINUTE) <= SMALL_MINUTE
+    assert most_in_any_interval(oracle.admitted, HOUR) <= SMALL_HOUR
+    assert most_in_any_interval(oracle.admitted, DAY) <= SMALL_DAY
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(5, 17, None), Limits(5, None, None), Limits(None, 17, 40), Limits(None, None, 9)]
+)
+async def test_windows_that_are_not_there_do_not_limit(timed: TimedLimiter, limits: Limits) -> None:
+    rng, it, oracle = random.Random(7), subject(limits), Oracle()
+    for time_us in arrivals(7, 300):
+        weight = rng.choice((1, 1, 2, 0))
+        check(await timed.admit(it, time_us, weight), oracle, limits, weight, time_us)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_request_draws_on_every_ceiling_or_on_none(timed: TimedLimiter, seed: int) -> None:
+    """Two keys of each of two users in one organisation, each level compared with an oracle of its own."""
+    rng, tag = random.Random(seed), uuid4().hex
+    limits = {"key": Limits(3, 20, 60), "user": Limits(5, None, 70), "organization": Limits(7, 30, None, 0)}
+    oracles: dict[str, Oracle] = defaultdict(Oracle)
+    refused_by: Counter[str] = Counter()
+    for time_us in arrivals(seed + 500, 500):
+        user, key, weight = rng.randrange(2), rng.randrange(2), rng.choice((1, 1, 1, 2, 0))
+        levels = (("key", f"key-{user}-{key}"), ("user", f"user-{user}"), ("organization", "all"))
+        ceilings = tuple(Subject(tag, name, limits[owner], owner=owner) for owner, name in levels[1:])
+        it = Subject(tag, levels[0][1], limits["key"], ceilings=ceilings)
+        fits = {owner: oracles[name].fits(limits[owner], weight, time_us) for owner, name in levels}
+        before = [await timed.state(drawn) for drawn in it.drawn]
+        decision = await timed.admit(it, time_us, weight)
+        assert decision.admitted == all(all(fit) for fit in fits.values())
+        if decision.admitted:
+            for _, name in levels:
+                oracles[name].record(time_us, weight)
+        else:
+            assert [await timed.state(drawn) for drawn in it.drawn] == before
+            assert decision.violated
+            refused_by[decision.violated.owner] += 1
+            after = [time_us + decision.retry_after_s * SECOND] * 3
+            assert all(all(oracles[n].fits(limits[o], weight, t)) for (o, n), t in zip(levels, after, strict=True))
+        for window in decision.windows:
+            owner = window.owner or "key"
+            at = ("minute", "hour", "day").index(window.name.rpartition("-")[2])
+            used = oracles[dict(levels)[owner]].used(time_us)[at]
+            assert window.remaining == max(window.quota - used, 0), window
+    assert set(refused_by) == {"", "user", "organization"}
+
+
+async def test_ceilings_count_requests_at_once_and_are_given_back_together(link: RedisLink) -> None:
+    tag, limiter = uuid4().hex, RedisLimiter(link)
+    ceilings = (
+        Subject(tag, "u", Limits(None, None, None, 3), owner="user"),
+        Subject(tag, "all", Limits(None, None, None, 5), owner="organization"),
+    )
+    keys = [Subject(tag, f"k{i}", Limits(concurrency=2), ceilings=ceilings) for i in range(3)]
+    held = [await limiter.admit(key) for key in (keys[0], keys[0], keys[1])]
+    assert [d.admitted for d in held] == [True] * 3
+    assert (await limiter.admit(keys[0])).crowded == ""
+    assert (await limiter.admit(keys[2])).crowded == "user"
+    assert held[0].lease
+    limiter.release(held[0].lease)
+    assert (await limiter.admit(keys[2])).admitted
+    assert await link.call("ZCARD", ceilings[1].leases_name) == 3
+
+
+async def test_a_day_that_is_added_counts_what_the_hour_knows(timed: TimedLimiter) -> None:
+    it = subject(Limits(10, 10, None))
+    for i in range(4):
+        assert (await timed.admit(it, EPOCH + i)).admitted
+    with_day = Subject(it.tag, it.limit_id, Limits(10, 10, 6))
+    decisions = [await timed.admit(with_day, EPOCH + MINUTE + i) for i in range(4)]
+    assert [d.admitted for d in decisions] == [True, True, False, False]
+    assert [w.remaining for w in (await timed.admit(it, EPOCH + MINUTE + 9)).windows] == [7, 3]
+
+
+async def test_an_address_that_came_once_leaves_little(link: RedisLink) -> None:
+    it = Subject("2001:db8:1:2::/64", f"anonymous-{uuid4().hex[:4]}", Limits(60, 1_000, None))
+    assert (await RedisLimiter(link).admit(it)).admitted
+    assert await link.call("STRLEN", it.state_name) == 55
+    assert await link.call("MEMORY", "USAGE", it.state_name) < 250
+    assert await link.call("PTTL", it.state_name) <= 3_900_000
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -284,7 +367,7 @@ async def test_the_version_must_match_positively(link: RedisLink) -> None:
     for held, verdict in (("2", Verdict.STALE), ("4", Verdict.STALE), ("3", Verdict.ADMITTED)):
         await link.call("SET", named.version_name, held)
         assert (await limiter.admit(named)).verdict is verdict
-    assert (await limiter.admit(named)).windows[0].remaining == SMALL.minute - 2
+    assert (await limiter.admit(named)).windows[0].remaining == SMALL_MINUTE - 2
 
 
 async def test_leases_bound_concurrency_and_expire(timed: TimedLimiter) -> None:
@@ -294,13 +377,54 @@ async def test_leases_bound_concurrency_and_expire(timed: TimedLimiter) -> None:
     third = await timed.admit(it, EPOCH)
     assert first.lease
     assert second.lease
-    assert (third.admitted, third.too_many_at_once, third.violated) == (False, True, None)
+    assert (third.admitted, third.crowded, third.violated) == (False, "", None)
     assert third.windows[0].remaining == 98
     timed.limiter.release(first.lease)
     timed.limiter.release(first.lease)
     assert (await timed.admit(it, EPOCH)).admitted
     assert not (await timed.admit(it, EPOCH + 60 * SECOND - 1)).admitted
     assert (await timed.admit(it, EPOCH + 60 * SECOND)).admitted
+
+
+async def test_a_refusal_is_remembered_exactly_as_long_as_it_is_certain(link: RedisLink) -> None:
+    """Redis is not asked meanwhile; nothing that it would have admitted is refused; nobody else is concerned."""
+    limiter, tag = RedisLimiter(link, refusals_s=60), uuid4().hex
+    it = Subject(tag, "it", Limits(minute=1, hour=1_000, day=1_000, concurrency=50))
+    assert (await limiter.admit(it)).admitted
+    name, ring = it.state_name, 48 + 289 * 4
+    stamp = int.from_bytes(await link.call("GETRANGE", name, ring, ring + 6), "big")
+    await link.call("SETRANGE", name, ring, (stamp - 59_200_000).to_bytes(7, "big"))  # 0.8 s are left
+    first = await limiter.admit(it)
+    asked = await _scripts_run(link)
+    began, refusals = time.monotonic(), 0
+    while not (decision := await limiter.admit(it)).admitted:
+        refusals += 1
+        assert decision.retry_after_s == 1
+        assert 0 < decision.windows[0].wait_s <= first.windows[0].wait_s
+        assert time.monotonic() - began < 10
+        await asyncio.sleep(0.001)
+    assert refusals > 2
+    assert await _scripts_run(link) - asked <= 2
+    assert decision.windows[0].remaining == 0
+    assert not (await limiter.admit(it)).admitted
+    assert (await limiter.admit(Subject(tag, "it", Limits(minute=3, hour=1_000, day=1_000)))).admitted
+    assert (await limiter.admit(Subject(tag, "other", it.limits))).admitted
+    assert (await limiter.admit(it, weight=0)).admitted
+
+
+async def _scripts_run(link: RedisLink) -> int:
+    stats: bytes = await link.call("INFO", "commandstats")
+    found = re.search(rb"cmdstat_evalsha:calls=(\d+)", stats)
+    return int(found[1]) if found else 0
+
+
+async def test_too_many_at_once_is_not_remembered(link: RedisLink) -> None:
+    limiter, it = RedisLimiter(link), subject(Limits(concurrency=1))
+    for _ in range(5):
+        held = await limiter.admit(it)
+        assert held.lease
+        assert not (await limiter.admit(it)).admitted
+        limiter.release(held.lease)
 
 
 async def test_leases_live_on_while_they_are_renewed(link: RedisLink) -> None:
@@ -332,7 +456,7 @@ async def test_scripts_are_sent_again_to_a_server_that_forgot_them(link: RedisLi
     limiter, it = RedisLimiter(link), subject()
     assert (await limiter.admit(it)).admitted
     await link.call("SCRIPT", "FLUSH")
-    assert (await limiter.admit(it)).windows[0].remaining == SMALL.minute - 2
+    assert (await limiter.admit(it)).windows[0].remaining == SMALL_MINUTE - 2
 
 
 async def test_four_processes_admit_exactly_the_quota(components: Components) -> None:
@@ -381,7 +505,7 @@ def test_local_concurrency_is_given_back_once() -> None:
     it = subject(Limits(concurrency=1))
     lease = local.admit(it).lease
     assert lease
-    assert local.admit(it).too_many_at_once
+    assert local.admit(it).crowded == ""
     local.release(lease)
     local.release(lease)
     assert local.admit(it).admitted

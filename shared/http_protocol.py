@@ -66,9 +66,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
+        self.begin_head()
+        super().on_message_begin()
+
+    def begin_head(self) -> None:
+        """A head comes: count it, and time it."""
         self._is_in_head = True
         self._head_bytes = 0
-        super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -76,13 +80,19 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._is_in_head:  # a trailer is no header
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self.end_head()
+        super().on_headers_complete()
+
+    def end_head(self) -> None:
+        """The head is complete."""
         self._has_progressed = True
         self._is_in_head = False
-        self._head_done()
-        super().on_headers_complete()
+        if self._head_timer is not None:
+            self._head_done()
 
     def on_body(self, body: bytes) -> None:
         self._has_progressed = True
@@ -91,6 +101,10 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._has_progressed = True
         super().on_message_complete()
+
+    def note_progress(self) -> None:
+        """A piece of a body came, or its end."""
+        self._has_progressed = True
 
     def send_400_response(self, msg: str) -> None:
         if self._is_refused:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvicorn
 import uvloop
@@ -50,10 +50,11 @@ class ServiceSettings(BaseSettings):
 
 @dataclass(frozen=True, slots=True)
 class HttpServer:
-    """An ASGI application and the `host:port` it is bound to."""
+    """An ASGI application and the `host:port` it is bound to; `protocol` makes what speaks HTTP on a connection."""
 
     app: ASGIApp
     listen: str
+    protocol: Callable[..., asyncio.Protocol] = GuardedHttpProtocol
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ def _uvicorn(server: HttpServer, drain_timeout_s: float) -> uvicorn.Server:
         host=host,
         port=int(port),
         loop="none",
-        http=GuardedHttpProtocol,
+        http=cast(type[asyncio.Protocol], server.protocol),  # uvicorn only calls it
         ws="none",
         lifespan="off",
         log_config=None,

@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 import orjson
-from opentelemetry import trace
 
 from services.gateway.exchange import Exchange
 
@@ -21,8 +20,17 @@ class AccessLog:
     """See the module. `close` writes what is left; register it where things are closed."""
 
     def __init__(
-        self, service: str, *, buffer_ms: int = 100, lines_max: int = 1_000, out: TextIO | None = None
+        self,
+        service: str,
+        *,
+        sample: float = 1.0,
+        buffer_ms: int = 100,
+        lines_max: int = 1_000,
+        out: TextIO | None = None,
     ) -> None:
+        """`sample`: which share of the responses below 400 is noted; every other response is."""
+        self._sample = sample
+        self._due = 0.0
         self._service = service
         self._buffer_s = buffer_ms / 1000
         self._lines_max = lines_max
@@ -31,7 +39,12 @@ class AccessLog:
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, exchange: Exchange, ended_at_s: float, duration_s: float) -> None:
-        """Note an exchange that has ended."""
+        """Note an exchange that has ended, unless it went well and is not in the sample."""
+        if self._sample < 1 and exchange.complete and exchange.status < 400:
+            self._due += self._sample
+            if self._due < 1:
+                return
+            self._due -= 1
         identity = exchange.identity
         line = {
             "timestamp": datetime.fromtimestamp(ended_at_s, UTC).isoformat(),
@@ -48,8 +61,8 @@ class AccessLog:
         }
         if identity is not None:
             line |= {"user_id": identity.user_id, "org_id": identity.org_id, "key_id": identity.key_id}
-        context = trace.get_current_span().get_span_context()
-        if context.is_valid:
+        if exchange.span is not None:
+            context = exchange.span.get_span_context()
             line |= {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
         self._lines.append(orjson.dumps(line))
         if len(self._lines) >= self._lines_max:

@@ -6,28 +6,30 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
-import aiohttp
 from prometheus_client import CollectorRegistry
 
 from services.gateway.access_log import AccessLog
 from services.gateway.addresses import ClientAddresses, parse_networks
 from services.gateway.admission import Admission
 from services.gateway.domain import Ceilings
+from services.gateway.discovery import Discovery, static
 from services.gateway.edge import Edge
 from services.gateway.guesses import Guesses
 from services.gateway.internal import InternalPages
 from services.gateway.keys import KeyStore
 from services.gateway.openapi import OpenApi
 from services.gateway.pages import Pages
-from services.gateway.relay import Relay, create_session, reach
+from services.gateway.protocol import EdgeProtocol
+from services.gateway.relay import Cors, Relay, Timeouts
+from services.gateway.replicas import PoolSettings, Upstream
 from services.gateway.repository import KeyRepository
 from services.gateway.sessions import SessionStore
 from services.gateway.settings import GatewaySettings
+from services.gateway.target import Targets
 from services.gateway.tasks import Heartbeat, refresh_key_set, renew_leases
 from services.gateway.tokens import AccessTokens, JsonWebKeySet
-from services.gateway.upstreams import RouteTable, Upstream, create_upstreams
+from services.gateway.upstreams import RouteTable
 from services.gateway.usage import UsageEvents
-from services.gateway.watch import Timeouts
 from shared.apikeys import Peppers
 from shared.clock import SystemClock
 from shared.identity import IdentityRing

@@ -1,4 +1,4 @@
-"""What only the gateway answers, and the two ways in which an exchange can end without an answer."""
+"""What only the gateway answers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,3 @@ class HeadersTooLarge(InvalidRequest):
     status = 431
     default_code = "headers_too_large"
     default_message = "The request headers are larger than this server accepts."
-
-
-class ClientGone(Exception):
-    """The client hung up; nobody is left to answer."""
-
-
-class ResponseBroken(Exception):
-    """The service died, stalled or ran too long after its response had begun: the connection has to break as well."""

@@ -1,16 +1,16 @@
-"""One request and its response, as the gateway's parts see it."""
+"""One request and its response, as the gateway's parts see it; and as its own pages answer it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from starlette.types import Message, Receive, Scope, Send
+from opentelemetry.trace import Span
+from starlette.types import Receive, Scope, Send
 
+from services.gateway.heads import RawHeaders
 from shared import errors, ids
 from shared.errors import TollgateError
 from shared.identity import Identity
-
-RawHeaders = list[tuple[bytes, bytes]]
 
 SECURITY_HEADERS: RawHeaders = [
     (b"x-content-type-options", b"nosniff"),
@@ -18,95 +18,64 @@ SECURITY_HEADERS: RawHeaders = [
     (b"referrer-policy", b"no-referrer"),
 ]
 STRICT_POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+TRANSPORT_POLICY = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 
 
 class Exchange:
-    """The request's facts, and `send_*` for the response; counts bytes and remembers the status for the log."""
+    """The facts that log, metrics and usage want. A status of 0: no response has begun."""
 
-    __slots__ = (
-        "_receive",
-        "_send",
-        "address",
-        "build",
-        "bytes_in",
-        "bytes_out",
-        "complete",
-        "extra_headers",
-        "first",
-        "identity",
-        "method",
-        "path",
-        "query",
-        "raw_headers",
-        "raw_path",
-        "request_id",
-        "route",
-        "service",
-        "status",
-    )
+    method = ""
+    path = ""
+    route = "unmatched"
+    service = ""
+    request_id = ""
+    address = ""
+    identity: Identity | None = None
+    span: Span | None = None
+    status = 0
+    build = ""
+    complete = False
+    bytes_in = 0
+    bytes_out = 0
+
+
+class PageExchange(Exchange):
+    """An exchange over ASGI."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.raw_path: bytes = scope["raw_path"]
-        self.query: bytes = scope["query_string"]
+        self.method = scope["method"]
+        self.path = scope["path"]
         self.raw_headers: RawHeaders = scope["headers"]
-        self.first: dict[bytes, bytes] = {}
-        for name, value in self.raw_headers:
-            self.first.setdefault(name, value)
-        self.request_id = ids.accepted_request_id(self.header(b"x-request-id"))
-        self.address = ""
-        self.identity: Identity | None = None
-        self.route = "unmatched"
-        self.service = ""
-        self.extra_headers: dict[str, str] = {}
-        self.status = 0
-        self.build = ""
-        self.complete = False
-        self.bytes_in = 0
-        self.bytes_out = 0
-
-    def header(self, name: bytes) -> str | None:
-        """The first header of that (lower-case) name."""
-        value = self.first.get(name)
-        return None if value is None else value.decode("latin-1")
-
-    async def receive(self) -> Message:
-        """The next message of the request."""
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self.bytes_in += len(message.get("body", b""))
-        return message
+        self.url: bytes = scope["raw_path"] + b"?" + scope["query_string"]
+        offered = next((value for name, value in self.raw_headers if name == b"x-request-id"), b"")
+        self.request_id = ids.accepted_request_id(offered.decode("latin-1"))
+        self.address = scope["client"][0] if scope.get("client") else ""
+        self.extra_headers: RawHeaders = []
 
     async def start(
         self, status: int, headers: Iterable[tuple[bytes, bytes]], policy: tuple[bytes, bytes] = STRICT_POLICY
     ) -> None:
-        """Begin the response; the request id, the security headers and the limits' headers are added here."""
+        """Begin the response; the request id and the security headers are added here."""
         self.status = status
-        own = [*headers, (b"x-request-id", self.request_id.encode()), policy, *SECURITY_HEADERS]
-        own += [(k.encode("latin-1"), v.encode("latin-1")) for k, v in self.extra_headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": own})
-
-    async def body(self, data: bytes, *, more: bool) -> None:
-        """A piece of the body; waits while the client is slower than we are."""
-        self.bytes_out += len(data)
-        if not more:
-            self.complete = True
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        own = [(b"x-request-id", self.request_id.encode()), policy, *SECURITY_HEADERS, *self.extra_headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *own]})
 
     async def respond(
         self, status: int, headers: RawHeaders, data: bytes, policy: tuple[bytes, bytes] = STRICT_POLICY
     ) -> None:
         """A whole response."""
-        length = (b"content-length", str(len(data)).encode())
-        await self.start(status, [*headers, length], policy)
-        await self.body(b"" if self.method == "HEAD" else data, more=False)
+        await self.start(status, [*headers, (b"content-length", str(len(data)).encode())], policy)
+        body = b"" if self.method == "HEAD" else data
+        await self._send({"type": "http.response.body", "body": body})
+        self.bytes_out += len(body)
+        self.complete = True
 
     async def fail(self, error: TollgateError) -> None:
-        """Answer with an error in the dialect of the path. The response must not have begun."""
+        """Answer with an error in the dialect of the path, unless the response has begun."""
+        if self.status:
+            return
         status, headers, data = errors.render(error, path=self.path, request_id=self.request_id)
-        self.extra_headers = {}
         raw = [(k.encode("latin-1"), v.encode("latin-1", "replace")) for k, v in headers.items() if k != "x-request-id"]
         await self.respond(status, [*raw, (b"cache-control", b"no-store")], data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.types import Receive, Scope, Send
 
-from services.gateway.exchange import Exchange
+from services.gateway.exchange import PageExchange
 from services.gateway.pages import NO_STORE, Pages
 from shared.errors import NotFound, TollgateError
 
@@ -20,7 +20,7 @@ class InternalPages:
         self._registry = registry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = PageExchange(scope, receive, send)
         try:
             if exchange.path == "/metrics" and exchange.method == "GET":
                 kind = (b"content-type", CONTENT_TYPE_LATEST.encode())

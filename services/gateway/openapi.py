@@ -11,11 +11,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
-
 from services.gateway.caches import BoundedCache
-from services.gateway.upstreams import Access, Route, RouteTable, Upstream
+from services.gateway.replicas import Upstream
+from services.gateway.upstreams import Access, Route, RouteTable
 from shared.clock import Clock
+from shared.errors import Unavailable
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -46,7 +46,6 @@ class OpenApi:
     def __init__(
         self,
         *,
-        session: aiohttp.ClientSession,
         upstreams: Mapping[str, Upstream],
         routes: RouteTable,
         public_url: str,
@@ -55,7 +54,6 @@ class OpenApi:
         ttl_s: float = 60,
         timeout_ms: int = 1_000,
     ) -> None:
-        self._session = session
         self._upstreams = upstreams
         self._routes = routes
         self._public_url = public_url
@@ -80,17 +78,13 @@ class OpenApi:
 
     async def _part(self, upstream: Upstream) -> dict[str, Any] | None:
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._session.get(upstream.pick().url + "/openapi.json", allow_redirects=False) as response,
-            ):
-                body = b""
-                while len(body) < DOCUMENT_BYTES_MAX and (piece := await response.content.readany()):
-                    body += piece
-                document = json.loads(body) if response.status == 200 else None
+            status, body = await upstream.fetch(
+                "/openapi.json", bytes_max=DOCUMENT_BYTES_MAX, timeout_s=self._timeout_s
+            )
+            document = json.loads(body) if status == 200 else None
             if isinstance(document, dict) and isinstance(document.get("paths"), dict):
                 self._last[upstream.name] = document
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
+        except (Unavailable, ValueError) as e:
             log.warning("openapi_part_missing", upstream=upstream.name, detail=type(e).__name__)
         return self._last.get(upstream.name)
 

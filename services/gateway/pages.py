@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from services.gateway.caches import BoundedCache
-from services.gateway.exchange import Exchange, RawHeaders
+from services.gateway.exchange import PageExchange
+from services.gateway.heads import RawHeaders
 from services.gateway.openapi import OpenApi
 from shared.clock import Clock
 from shared.errors import MethodNotAllowed, NotFound
@@ -50,7 +51,7 @@ PAGE_POLICY = (
 JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
 
-Handler = Callable[[Exchange], Awaitable[None]]
+Handler = Callable[[PageExchange], Awaitable[None]]
 
 
 class Pages:
@@ -76,7 +77,7 @@ class Pages:
             "/docs": self._docs,
         }
 
-    async def answer(self, exchange: Exchange) -> bool:
+    async def answer(self, exchange: PageExchange) -> bool:
         """Whether the path was ours, and is answered. Raises NotFound, MethodNotAllowed."""
         handler = self._handlers.get(exchange.path)
         if handler is None:
@@ -89,10 +90,10 @@ class Pages:
         await handler(exchange)
         return True
 
-    async def _healthz(self, exchange: Exchange) -> None:
+    async def _healthz(self, exchange: PageExchange) -> None:
         await exchange.respond(200, [JSON, NO_STORE], b'{"status":"ok"}')
 
-    async def _readyz(self, exchange: Exchange) -> None:
+    async def _readyz(self, exchange: PageExchange) -> None:
         status, body = await self.readiness_report()
         await exchange.respond(status, [JSON, NO_STORE], json.dumps(body).encode())
 
@@ -112,14 +113,14 @@ class Pages:
                 self._reports.put(draining, report)
             return report
 
-    async def _document(self, exchange: Exchange) -> None:
+    async def _document(self, exchange: PageExchange) -> None:
         await exchange.respond(200, [JSON, NO_STORE], await self._openapi.document())
 
-    async def _docs(self, exchange: Exchange) -> None:
+    async def _docs(self, exchange: PageExchange) -> None:
         headers: RawHeaders = [(b"content-type", b"text/html; charset=utf-8"), NO_STORE]
         await exchange.respond(200, headers, PAGE, PAGE_POLICY)
 
-    async def _asset(self, exchange: Exchange) -> None:
+    async def _asset(self, exchange: PageExchange) -> None:
         asset = self._assets.get(exchange.path.removeprefix("/docs/"))
         if asset is None:
             raise NotFound()

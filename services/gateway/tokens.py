@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-import aiohttp
 from jose import JWTError, jwt
 
 from services.gateway.caches import BoundedCache
 from services.gateway.guesses import Guesses
-from services.gateway.upstreams import Upstream
+from services.gateway.replicas import Upstream
 from shared import access_tokens
 from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, JWKS_PATH, TOKEN_TYPE
 from shared.clock import Clock
@@ -55,7 +54,6 @@ class JsonWebKeySet:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
         auth: Upstream,
         clock: Clock,
         *,
@@ -63,7 +61,6 @@ class JsonWebKeySet:
         refetch_interval_s: float = 5,
         refetches_max: int = 3,
     ) -> None:
-        self._session = session
         self._auth = auth
         self._clock = clock
         self._timeout_s = timeout_ms / 1000
@@ -109,17 +106,11 @@ class JsonWebKeySet:
     async def _fetch(self) -> None:
         self._fetched_at_s = self._clock.monotonic_s()
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._session.get(self._auth.pick().url + JWKS_PATH, allow_redirects=False) as response,
-            ):
-                if response.status != 200:
-                    raise KeySetUnavailable(f"status {response.status}")
-                body = await response.content.read(JWKS_BYTES_MAX)
-                while len(body) < JWKS_BYTES_MAX and (part := await response.content.read(JWKS_BYTES_MAX)):
-                    body += part
-        except (aiohttp.ClientError, OSError, TimeoutError) as e:
-            raise KeySetUnavailable(type(e).__name__) from e
+            status, body = await self._auth.fetch(JWKS_PATH, bytes_max=JWKS_BYTES_MAX, timeout_s=self._timeout_s)
+        except Unavailable as e:
+            raise KeySetUnavailable(e.detail or e.code) from e
+        if status != 200:
+            raise KeySetUnavailable(f"status {status}")
         self._keys = parse_key_set(body)
 
 

@@ -1,19 +1,9 @@
-"""The one table of what goes where, and the replicas behind each name.
-
-A request goes to the replica with the fewest requests outstanding, in turn among equals; one that refused a
-connection is passed over for a moment while another is left.
-"""
+"""The one table of what goes where, and who may use it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-
-from shared.clock import Clock
-from shared.errors import MethodNotAllowed, NotFound
-
-REFUSED_PAUSE_S = 1.0
 
 
 class Access(Enum):
@@ -88,58 +78,3 @@ class RouteTable:
             if path.startswith(prefix):
                 return route
         return None
-
-    def match(self, method: str, path: str) -> Route:
-        """The route of a request. Raises NotFound or MethodNotAllowed."""
-        route = self.find(path)
-        if route is None:
-            raise NotFound()
-        if method not in route.methods:
-            raise MethodNotAllowed(headers={"allow": ", ".join(sorted(route.methods))})
-        return route
-
-
-@dataclass(slots=True, eq=False)
-class Replica:
-    """One process of a service. `outstanding` counts the requests that it is answering for us."""
-
-    url: str
-    outstanding: int = 0
-    paused_until_s: float = float("-inf")
-
-
-@dataclass(slots=True, eq=False)
-class Upstream:
-    """A service and its replicas."""
-
-    name: str
-    replicas: list[Replica]
-    clock: Clock
-    _turn: int = field(default=0)
-
-    def pick(self) -> Replica:
-        """The replica to try first."""
-        return next(self.attempts())
-
-    def attempts(self) -> Iterator[Replica]:
-        """Every replica once, the best first; the order is made when the first is asked for."""
-        self._turn += 1
-        count = len(self.replicas)
-        in_turn = [self.replicas[(self._turn + i) % count] for i in range(count)]
-        now_s = self.clock.monotonic_s()
-        yield from sorted(in_turn, key=lambda r: (r.paused_until_s > now_s, r.outstanding))
-
-    def pause(self, replica: Replica) -> None:
-        """It refused a connection: others first, for a moment."""
-        replica.paused_until_s = self.clock.monotonic_s() + REFUSED_PAUSE_S
-
-
-def create_upstreams(urls: Mapping[str, str], clock: Clock) -> dict[str, Upstream]:
-    """From settings: service name → URLs, separated by commas. Raises ValueError for none."""
-    upstreams = {}
-    for name, setting in urls.items():
-        replicas = [Replica(url.strip().rstrip("/")) for url in setting.split(",") if url.strip()]
-        if not replicas or not all(r.url.startswith(("http://", "https://")) for r in replicas):
-            raise ValueError(f"the service {name} needs at least one http(s) URL")
-        upstreams[name] = Upstream(name, replicas, clock)
-    return upstreams

@@ -117,7 +117,7 @@ async def test_readiness_and_documentation_cost_the_services_no_more_for_many_vi
 
     backend.handlers["/openapi.json"] = backend.handlers["/healthz"] = count
     configured = settings(
-        components.redis_url, database_url, backend.url, auth_url=nowhere, gateway_readiness_ttl_s=3_600
+        components.redis_url, database_url, backend.url, auth_url=nowhere, gateway_services_interval_s=3_600
     )
     async with gateway(configured) as running:
         for path in ("/readyz", "/openapi.json"):

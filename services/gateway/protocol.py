@@ -1,0 +1,195 @@
+"""The client's side of the public port: uvicorn's HTTP/1.1 protocol, with relayed paths taken out before ASGI.
+
+    HEAD ──a relayed path──► Relayed ──answered──► HEAD, or hang up
+      └────any other───────► uvicorn's cycle, over ASGI: the gateway's own pages
+
+Connections, TLS, keep-alive and its timer, the order of pipelined requests and the drain stay uvicorn's: a `Relayed`
+stands where its cycles stand. Pipelined requests wait, up to PIPELINED_MAX of them; what is sent beyond is not
+answered, and the connection closes after the last that is. After an answer that did not wait for its request's end,
+LINGER_S of it are read and dropped, so that the answer is not lost to a reset. While the process drains, idle
+connections stay for DRAIN_IDLE_S: a request that is on its way is answered, and told to close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from services.gateway.relay import Relay
+from services.gateway.relayed import Relayed
+from services.gateway.target import Targets
+from shared.http_protocol import GuardedHttpProtocol
+
+PIPELINED_MAX = 16
+LINGER_S = 1.0
+DRAIN_IDLE_S = 1.0
+
+
+class EdgeProtocol(GuardedHttpProtocol):
+    """See the module. Private names of uvicorn that it relies on: those of GuardedHttpProtocol, and `cycle`."""
+
+    def __init__(self, relay: Relay, targets: Targets, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._relay = relay
+        self._targets = targets
+        self._relayed: Relayed | None = None  # the one that is being answered
+        self._arriving: Relayed | None = None  # the one whose body is coming in
+        self._is_deaf = False  # nothing that still comes is answered
+        self._is_draining = False
+        self.peer = ""
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.peer = self.client[0] if self.client else ""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        relayed, self._relayed, self._arriving = self._relayed, None, None
+        if isinstance(self.cycle, Relayed):
+            self.cycle = None  # type: ignore[assignment]  # as before the first request
+        super().connection_lost(exc)
+        if relayed is not None:
+            relayed.client_gone()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._relayed is not None:
+            self._relayed.client_full(True)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._relayed is not None:
+            self._relayed.client_full(False)
+
+    # httptools' side
+
+    def on_message_begin(self) -> None:
+        self.begin_head()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_headers_complete(self) -> None:
+        if self._is_deaf:
+            return
+        target = self._targets.find(self.url)
+        if target.route is None:
+            self._hand_to_uvicorn()
+            return
+        self.end_head()
+        version = self.parser.get_http_version()
+        relayed = Relayed(
+            self._relay,
+            self,
+            self.parser.get_method().decode("ascii"),
+            target,
+            self.headers,
+            keep_alive=version == "1.1" and self.parser.should_keep_alive() and not self.parser.should_upgrade(),
+            is_http_10=version == "1.0",
+        )
+        waits_for, self.cycle = self.cycle, relayed  # type: ignore[assignment]
+        self._arriving = relayed
+        if waits_for is None or waits_for.response_complete:
+            self._begin(relayed)
+        else:
+            self._queue(relayed)
+
+    def on_body(self, body: bytes) -> None:
+        if self._arriving is None:
+            if not self._is_deaf:
+                super().on_body(body)
+            return
+        self.note_progress()
+        self._arriving.feed(body)
+
+    def on_message_complete(self) -> None:
+        self.note_progress()
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            arriving.feed_end()
+        elif not self._is_deaf:
+            super().on_message_complete()
+        elif self._relayed is None and self.cycle.response_complete:
+            self.transport.close()
+
+    # The relay's side: a Client
+
+    @property
+    def date_lines(self) -> bytes:
+        return self._relay.encoded(self.server_state.default_headers)
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def hold_reading(self, is_held: bool) -> None:
+        if is_held:
+            self.flow.pause_reading()
+        else:
+            self.flow.resume_reading()
+
+    def answered(self, exchange: Relayed, *, is_broken: bool) -> None:
+        self._relayed = None
+        if self.transport is None or self.transport.is_closing():
+            return
+        if is_broken:
+            self._is_deaf = True
+            self.pipeline.clear()
+            self.transport.close()
+        elif exchange.keep_alive and not (self._is_deaf and not self.pipeline):
+            self.on_response_complete()
+        elif exchange.is_whole:
+            self._is_deaf = True
+            self.transport.close()
+        else:
+            self._linger()
+
+    # uvicorn's side
+
+    def shutdown(self) -> None:
+        self._is_draining = True
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(DRAIN_IDLE_S, self._close_idle)
+        else:
+            super().shutdown()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if isinstance(cycle, Relayed):
+            self._begin(cycle)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _begin(self, relayed: Relayed) -> None:
+        if self._is_draining:
+            relayed.keep_alive = False
+        self._relayed = relayed
+        self._unset_keepalive_if_required()
+        relayed.start()
+
+    def _queue(self, relayed: Relayed) -> None:
+        if len(self.pipeline) < PIPELINED_MAX:
+            self.pipeline.appendleft((relayed, self.app))  # type: ignore[arg-type]
+            return
+        self._is_deaf = True
+        self._arriving = None
+        self.flow.pause_reading()
+
+    def _hand_to_uvicorn(self) -> None:
+        """Let uvicorn make its scope of what we have gathered."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers.extend(headers)
+        super().on_headers_complete()
+        if self._is_draining:
+            self.cycle.keep_alive = False
+
+    def _linger(self) -> None:
+        self._is_deaf = True
+        self.pipeline.clear()
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _close_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()

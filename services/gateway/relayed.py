@@ -1,0 +1,400 @@
+"""One request of a client, answered by one replica of the service that owns its path.
+
+    ADMIT ──► CONNECT ──► SEND / WAIT ──head──► ANSWER ──end──► done
+      │ 4xx     │ 503        │ 408 502 504         │ broken: the connection breaks as well
+      └─────────┴────────────┴─────────────────────┴──────────── the client hangs up: 499, the service is hung up on
+
+The first two are a task, the rest callbacks of the two connections. Nothing is buffered but request bodies that come
+before there is a connection (READ_AHEAD_BYTES), and responses that are known to be small: they go out in one piece, or
+as a clean 502. Back-pressure: while one side does not take what it is given, the other is not read. A request is sent
+again only when it was never sent: its connection was refused. A response that fails after it began ends without its
+proper end, so that no client can take a broken stream for a complete one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+from services.gateway.admission import credential_of
+from services.gateway.errors import RequestTimeout
+from services.gateway.exchange import Exchange
+from services.gateway.heads import STATUS_LINES, RawHeaders, RequestHead, ResponseHead, read_request, read_response
+from shared import errors, ids
+from shared.errors import (
+    BadGateway,
+    Internal,
+    InvalidRequest,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    Timeout,
+    TollgateError,
+)
+from shared.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from services.gateway.pool import UpstreamConnection
+    from services.gateway.relay import Relay
+    from services.gateway.replicas import Replica
+    from services.gateway.target import Target
+    from shared.limits import Lease
+
+log = get_logger(__name__)
+
+READ_AHEAD_BYTES = 64 * 1024
+WHOLE_BYTES_MAX = 64 * 1024
+GZIP_LEVEL, GZIP_WBITS = 1, 31
+BODILESS = (204, 304)
+BODY_METHODS = ("POST", "PUT", "PATCH")
+CLIENT_GONE_STATUS = 499  # nginx's number for it, in logs and metrics only
+NO_STORE = b"cache-control: no-store\r\n"
+
+
+class Client(Protocol):
+    """The client's connection, as the relay needs it."""
+
+    @property
+    def peer(self) -> str:
+        """The address at its other end."""
+
+    @property
+    def date_lines(self) -> bytes:
+        """The headers that the server itself adds to every response."""
+
+    def write(self, data: bytes) -> None:
+        """Send."""
+
+    def hold_reading(self, is_held: bool) -> None:
+        """Read no more for now, or again."""
+
+    def answered(self, exchange: Relayed, *, is_broken: bool) -> None:
+        """A response has ended, or will never: go on with the next request, or hang up."""
+
+
+class Relayed(Exchange):
+    """See the module. `response_complete` and `keep_alive` mean to uvicorn what they mean in its own cycles."""
+
+    response_complete = False
+    is_whole = False  # the request's body is in
+    due_s = end_s = began_s = 0.0
+    _limit_headers: dict[str, str] | None = None
+    _lease: Lease | None = None
+    _task: asyncio.Task[None] | None = None
+    _connection: UpstreamConnection | None = None
+    _replica: Replica | None = None
+    _gzip: Any = None
+    _is_chunked = _is_held = False
+    _head_out = b""
+    _held_status = 0
+
+    def __init__(
+        self,
+        relay: Relay,
+        client: Client,
+        method: str,
+        target: Target,
+        headers: RawHeaders,
+        *,
+        keep_alive: bool,
+        is_http_10: bool,
+    ) -> None:
+        self._relay = relay
+        self._client = client
+        self.method = method
+        self.path = target.path
+        self.keep_alive = keep_alive
+        self._target = target
+        self._headers = headers
+        self._head: RequestHead
+        self._is_http_10 = is_http_10
+        self._pieces: list[bytes] = []  # of the request's body, then of the response's
+
+    # The client's side
+
+    def start(self) -> None:
+        """It is this request's turn."""
+        self._relay.began(self)
+        try:
+            self._read()
+        except TollgateError as e:
+            self.fail(e)
+            return
+        if not self.response_complete:
+            self._task = self._relay.loop.create_task(self._admit_and_send())
+
+    def feed(self, data: bytes) -> None:
+        """A piece of the request's body."""
+        if self.response_complete:
+            return
+        self.bytes_in += len(data)
+        if self.bytes_in > self._relay.body_bytes_max:
+            self.fail(self._too_large())
+            return
+        self._progress()
+        if self._connection is not None:
+            self._connection.send_more(self._framed(data), is_complete=False)
+            return
+        self._pieces.append(data)
+        if self.bytes_in > READ_AHEAD_BYTES:
+            self._client.hold_reading(True)
+
+    def feed_end(self) -> None:
+        """The request's body is complete."""
+        self.is_whole = True
+        if self._connection is not None:
+            self._connection.send_more(b"0\r\n\r\n" if self._head.length is None else b"", is_complete=True)
+            self._await_first_byte()
+
+    def client_full(self, is_full: bool) -> None:
+        """The client takes the response more slowly than it comes, or keeps up again."""
+        if self._connection is not None:
+            transport = self._connection.transport
+            transport.pause_reading() if is_full else transport.resume_reading()
+
+    def client_gone(self) -> None:
+        """The client hung up: nobody is left to answer."""
+        if not self.response_complete:
+            self.status = self.status or CLIENT_GONE_STATUS
+            self._leave()
+            self._finish()
+
+    def late(self) -> None:
+        """`due_s` has passed."""
+        if not self.is_whole:
+            self.fail(RequestTimeout())
+            return
+        name = self.service
+        self._relay.count_error(name, "timeout")
+        if self._replica is not None:
+            self._replica.failed(self._relay.now_s())
+        self.fail(Timeout(detail=f"{name}: {'idle' if self.status else 'first byte'} timeout"))
+
+    # The task
+
+    async def _admit_and_send(self) -> None:
+        assert self._target.route is not None
+        head, relay = self._head, self._relay
+        try:
+            credential = credential_of(head.text(b"authorization"), head.text(b"x-api-key"))
+            admitted = await relay.admission.admit(self._target.route, self.method, credential, self.address)
+            self.identity, self._limit_headers, self._lease = admitted.identity, admitted.headers, admitted.lease
+            upstream = relay.upstreams[self.service]
+            self._replica, connection = upstream.take() or await upstream.connect()
+            self._task = None
+            self._send(connection)
+        except TollgateError as e:
+            self._task = None
+            self.fail(e)
+        except Exception:
+            self._task = None
+            log.exception("request_crashed", request_id=self.request_id, endpoint=self.route)
+            self.fail(Internal())
+
+    def _read(self) -> None:
+        """What the head says. Raises for what no service should ever see."""
+        route = self._target.route
+        assert route is not None
+        self.route, self.service = route.prefix, route.service
+        self.address = self._client.peer
+        self.request_id = ids.request_id()
+        if self._target.error is not None:
+            raise self._target.error()
+        self.address = self._relay.addresses.of(self.address, self._headers)
+        head = self._head = read_request(self._headers)
+        self._headers = []
+        if (offered := head.known.get(b"x-request-id")) is not None:
+            self.request_id = ids.accepted_request_id(offered.decode("latin-1"))
+        self._relay.trace_begin(self, head)
+        if b"host" not in head.known and not self._is_http_10:
+            raise InvalidRequest("The header Host is missing.", code="missing_host")
+        if head.is_chunked and self._is_http_10:
+            raise InvalidRequest("HTTP/1.0 has no transfer encodings.", code="invalid_framing")
+        if self.method not in route.methods:
+            if self.method == "OPTIONS" and (lines := self._relay.cors.preflight(head.known)):
+                self._answer(204, lines, b"")
+                return
+            raise MethodNotAllowed(headers={"allow": ", ".join(sorted(route.methods))})
+        if (head.length or 0) > self._relay.body_bytes_max:
+            raise self._too_large()
+
+    # The service's side
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        """Send the request, as far as it is there."""
+        assert self._replica is not None
+        head, body = self._head, b"".join(self._pieces)
+        self._pieces = []
+        lines = [
+            f"{self.method} ".encode(),
+            self._target.raw,
+            b" HTTP/1.1\r\nhost: ",
+            self._replica.pool.authority,
+            b"\r\n",
+            *head.lines,
+            self._relay.own_lines(self),
+        ]
+        if self.is_whole:
+            if body or head.length is not None or self.method in BODY_METHODS:
+                lines.append(b"content-length: %d\r\n" % len(body))
+            self._await_first_byte()
+        elif head.length is not None:
+            lines.append(b"content-length: %d\r\n" % head.length)
+        else:
+            lines.append(b"transfer-encoding: chunked\r\n")
+            body = self._framed(body)
+        self._connection = connection
+        connection.send(self, b"".join([*lines, b"\r\n", body]), is_complete=self.is_whole)
+        if not self.is_whole:
+            if head.known.get(b"expect", b"").lower() == b"100-continue" and not self.bytes_in:
+                self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._client.hold_reading(False)
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._head.length is None and data else data
+
+    def upstream_full(self, is_full: bool) -> None:
+        self._client.hold_reading(is_full)
+
+    def head(self, status: int, headers: RawHeaders, length: int | None) -> None:
+        self.due_s = self._relay.now_s() + self._relay.timeouts.idle_s
+        head = read_response(headers)
+        self.build = head.build.decode("latin-1")
+        is_bodiless = status in BODILESS
+        if not is_bodiless and self._compresses(head, status, length):
+            self._gzip = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP_WBITS)
+            head.lines.append(b"content-encoding: gzip\r\nvary: accept-encoding\r\n")
+            length = None
+        elif length is not None and not is_bodiless:
+            head.lines.append(b"content-length: %d\r\n" % length)
+            self._is_held = length <= WHOLE_BYTES_MAX
+        if length is None and not is_bodiless:
+            if self._is_http_10:
+                self.keep_alive = False
+            else:
+                self._is_chunked = True
+                head.lines.append(b"transfer-encoding: chunked\r\n")
+        if not head.has_policy:
+            head.lines.append(NO_STORE)
+        self._head_out = self._response_head(status, head.lines)
+        if self._is_held:
+            self._held_status = status
+        else:
+            self.status = status
+
+    def piece(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def flush(self) -> None:
+        if not self._is_held:
+            self._progress()
+            self._write(is_last=False)
+
+    def end(self) -> None:
+        assert self._replica is not None
+        self._connection = None
+        self._replica.succeeded()
+        self.status = self.status or self._held_status
+        self._write(is_last=True)
+        self.complete = True
+        self._finish()
+
+    def lost(self, reason: str) -> None:
+        assert self._replica is not None
+        self._connection = None
+        self._replica.failed(self._relay.now_s())
+        self._relay.count_error(self.service, "broken")
+        self.fail(BadGateway(detail=f"{self.service}: {reason}"))
+
+    # The response
+
+    def fail(self, error: TollgateError) -> None:
+        """Answer with an error in the dialect of the path; where a response has begun, break it."""
+        if self.response_complete:
+            return
+        self._leave()
+        if error.detail:
+            self._relay.warn(self, error)
+        if self.status:
+            self._finish(is_broken=True)
+            return
+        if self._limit_headers:
+            error.headers.update(self._limit_headers)
+            self._limit_headers = None
+        status, headers, body = errors.render(error, path=self.path, request_id=self.request_id)
+        lines = [f"{k}: {v}\r\n".encode("latin-1", "replace") for k, v in headers.items() if k != "x-request-id"]
+        self._answer(status, [*lines, NO_STORE], body)
+
+    def _answer(self, status: int, lines: list[bytes], body: bytes) -> None:
+        """A response of our own."""
+        self.status = status
+        self.bytes_out = len(body)
+        if status not in BODILESS:
+            lines.append(b"content-length: %d\r\n" % len(body))
+        self._client.write(self._response_head(status, lines) + (b"" if self.method == "HEAD" else body))
+        self.complete = True
+        self._finish()
+
+    def _response_head(self, status: int, lines: list[bytes]) -> bytes:
+        if not self.is_whole:
+            self.keep_alive = False  # what is left of the body would be taken for a request
+        own = [STATUS_LINES[status], self._client.date_lines, self._relay.response_lines]
+        own.append(f"x-request-id: {self.request_id}\r\n".encode())
+        if self._limit_headers:
+            own.append("".join([f"{k}: {v}\r\n" for k, v in self._limit_headers.items()]).encode("latin-1"))
+        if (origin := self._origin()) is not None:
+            own += self._relay.cors.lines(origin)
+        if not self.keep_alive:
+            own.append(b"connection: close\r\n")
+        return b"".join([*own, *lines, b"\r\n"])
+
+    def _origin(self) -> bytes | None:
+        head: RequestHead | None = getattr(self, "_head", None)
+        return head.known.get(b"origin") if head is not None else None
+
+    def _compresses(self, head: ResponseHead, status: int, length: int | None) -> bool:
+        accepted = self._head.known.get(b"accept-encoding", b"").lower()
+        is_long = length is not None and length >= self._relay.gzip_bytes_min
+        return is_long and head.is_compressible and status == 200 and not self._is_http_10 and b"gzip" in accepted
+
+    def _write(self, *, is_last: bool) -> None:
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces = []
+        if self._gzip is not None:
+            data = self._gzip.compress(data) + (self._gzip.flush() if is_last else b"")
+        self.bytes_out += len(data)
+        if self._is_chunked:
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if is_last:
+                data += b"0\r\n\r\n"
+        if self._head_out:
+            data, self._head_out = self._head_out + data, b""
+        if data:
+            self._client.write(data)
+
+    def _progress(self) -> None:
+        self.due_s = self._relay.now_s() + self._relay.timeouts.idle_s
+
+    def _await_first_byte(self) -> None:
+        if not self.status:
+            self.due_s = self._relay.now_s() + self._relay.timeouts.first_byte_s
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"The body is larger than {self._relay.body_bytes_max} bytes.")
+
+    def _leave(self) -> None:
+        """Stop what runs for this request."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if self._connection is not None:
+            self._connection.abandon()
+            self._connection = None
+        if self._replica is not None:
+            self._replica.forgotten()
+
+    def _finish(self, *, is_broken: bool = False) -> None:
+        self.response_complete = True
+        self._relay.ended(self, self._lease)
+        self._client.answered(self, is_broken=is_broken)

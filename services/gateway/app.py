@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry
 from services.gateway.access_log import AccessLog
 from services.gateway.addresses import ClientAddresses, parse_networks
 from services.gateway.admission import Admission
-from services.gateway.domain import Ceilings
 from services.gateway.discovery import Discovery, static
+from services.gateway.domain import Ceilings
 from services.gateway.edge import Edge
 from services.gateway.guesses import Guesses
 from services.gateway.internal import InternalPages

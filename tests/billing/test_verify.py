@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from typer.testing import CliRunner
 
 from services.billing.cli import app
 from services.billing.domain import DEFAULT_CLASS, PriceTerms
-from services.billing.repository.verification import CHECKS, examine
+from services.billing.repository.checks import CHECKS
+from services.billing.repository.verification import examine
 from tests.billing.harness import Ledger, owner, place, settle
 
 # Each as somebody would do it who can switch the guards off; and the check that must notice.
@@ -19,7 +20,13 @@ TAMPERING = {
     "accounts equal their transfers": "UPDATE billing.account SET credits_posted = credits_posted + 7 WHERE limited",
     "debits equal credits": "UPDATE billing.account SET debits_posted = debits_posted + 1 WHERE kind = 'revenue'",
     "what is pending equals the slices of open holds": "UPDATE billing.account SET debits_pending = 0",
-    "transfers stay within their wallet": "UPDATE billing.transfer SET wallet_id = gen_random_uuid()",
+    "transfers are in order of time": (
+        "UPDATE billing.transfer SET booked_at = booked_at + interval '1 h' WHERE wallet_seq = 1"
+    ),
+    "transfers stay within their wallet": (
+        "UPDATE billing.transfer t SET debit_account = "
+        "(SELECT id FROM billing.account a WHERE a.wallet_id <> t.wallet_id LIMIT 1)"
+    ),
     "balances follow from the transfers": "UPDATE billing.transfer SET balance_after = balance_after + 1",
     "transfers belong to operations that were applied": "UPDATE billing.op SET refusal = 'insufficient_quota'",
     "holds are covered by their slices": "DELETE FROM billing.hold_slice",
@@ -28,6 +35,10 @@ TAMPERING = {
     "usage costs what its price says": "UPDATE billing.price SET output = output + 1000000",
     "usage is paid or owed": "UPDATE billing.usage SET cost = cost + 1",
     "resolutions say what was taken": "UPDATE billing.hold_resolution SET amount = amount + 1",
+    "settled holds have usage, voided ones have none": "DELETE FROM billing.usage",
+    "holds and resolutions are remembered as they were decided": (
+        "UPDATE billing.op SET result = jsonb_set(result, '{amount}', '1') WHERE kind = 'hold'"
+    ),
     "who owes has nothing available": (
         "UPDATE billing.account SET debits_posted = credits_posted + 5 WHERE kind = 'receivable'"
     ),
@@ -43,6 +54,7 @@ async def some_history(ledger: Ledger, org_id: UUID) -> None:
 @pytest.mark.parametrize("check", CHECKS)
 async def test_every_check_notices_what_it_is_for(ledger: Ledger, org_id: UUID, check: str) -> None:
     await some_history(ledger, org_id)
+    await some_history(ledger, uuid4())
     await ledger.verified()
     connection = await owner(ledger.owner_url)
     tampering = connection.transaction()

@@ -1,122 +1,33 @@
-"""`verify`: recompute everything that is stored twice, from one snapshot, and list what differs.
+"""Walks through the books and finds what does not add up, a bounded part at a time.
 
-The sums are computed by PostgreSQL and not by the kernel, costs included: this is a second implementation of the rules.
+Two walks: over wallets in order of id, with all their transfers, a wallet of many in parts; and over holds in order of
+id, which is time. Each step is one snapshot. `verify` takes both from end to end; the reconciler takes a step of each
+now and then, for ever.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 
+from services.billing.repository import checks
 from shared.database import dsn
 from shared.money import format_credits
 
 SAMPLES_MAX = 20
-STATEMENT_TIMEOUT_MS = 30 * 60 * 1000
-
-# Each query answers with (wallet, what differs) for every difference.
-CHECKS: dict[str, str] = {
-    "transfers are numbered without a gap": """
-        SELECT w.id, format('wallet says %s, there are %s transfers, the last is %s', w.seq, t.n, t.last)
-        FROM billing.wallet w CROSS JOIN LATERAL (
-            SELECT count(*) n, count(DISTINCT wallet_seq) numbers, coalesce(max(wallet_seq), 0) last
-            FROM billing.transfer WHERE wallet_id = w.id) t
-        WHERE w.seq <> t.n OR t.numbers <> t.n OR t.last <> t.n""",
-    "accounts equal their transfers": """
-        WITH moved AS (
-            SELECT account, sum(debit) debits, sum(credit) credits FROM (
-                SELECT debit_account account, amount debit, 0 credit FROM billing.transfer
-                UNION ALL SELECT credit_account, 0, amount FROM billing.transfer) legs GROUP BY account)
-        SELECT a.wallet_id, format('account %s (%s): %s debited and %s credited, but the counters say %s and %s',
-            a.id, a.kind, coalesce(m.debits, 0), coalesce(m.credits, 0), a.debits_posted, a.credits_posted)
-        FROM billing.account a LEFT JOIN moved m ON m.account = a.id
-        WHERE a.debits_posted <> coalesce(m.debits, 0) OR a.credits_posted <> coalesce(m.credits, 0)""",
-    "debits equal credits": """
-        SELECT wallet_id, format('posted %s and %s, pending %s and %s', sum(debits_posted), sum(credits_posted),
-            sum(debits_pending), sum(credits_pending))
-        FROM billing.account GROUP BY wallet_id
-        HAVING sum(debits_posted) <> sum(credits_posted) OR sum(debits_pending) <> sum(credits_pending)""",
-    "what is pending equals the slices of open holds": """
-        WITH slices AS (
-            SELECT s.account_id, sum(s.amount) amount
-            FROM billing.open_hold o JOIN billing.hold_slice s ON s.hold_id = o.hold_id GROUP BY s.account_id)
-        SELECT a.wallet_id, format('account %s (%s): %s pending, open slices are %s',
-            a.id, a.kind, a.debits_pending, coalesce(s.amount, 0))
-        FROM billing.account a LEFT JOIN slices s ON s.account_id = a.id
-        WHERE a.debits_pending <> coalesce(s.amount, 0) OR (a.kind <> 'revenue' AND a.credits_pending <> 0)""",
-    "transfers stay within their wallet": """
-        SELECT t.wallet_id, format('transfer %s', t.id)
-        FROM billing.transfer t JOIN billing.account d ON d.id = t.debit_account
-            JOIN billing.account c ON c.id = t.credit_account
-        WHERE d.wallet_id <> t.wallet_id OR c.wallet_id <> t.wallet_id""",
-    "balances follow from the transfers": """
-        SELECT wallet_id, format('transfer %s: balance_after is %s, replayed %s', id, balance_after, replayed) FROM (
-            SELECT t.id, t.wallet_id, t.balance_after,
-                sum(CASE WHEN c.limited THEN t.amount ELSE 0 END - CASE WHEN d.limited THEN t.amount ELSE 0 END)
-                    OVER (PARTITION BY t.wallet_id ORDER BY t.wallet_seq) replayed
-            FROM billing.transfer t JOIN billing.account d ON d.id = t.debit_account
-                JOIN billing.account c ON c.id = t.credit_account) r
-        WHERE balance_after <> replayed""",
-    "transfers belong to operations that were applied": """
-        SELECT t.wallet_id, format('transfer %s', t.id)
-        FROM billing.transfer t
-        WHERE NOT EXISTS (SELECT FROM billing.op o WHERE o.id = t.op_id AND o.refusal IS NULL)""",
-    "holds are covered by their slices": """
-        SELECT h.wallet_id, format('hold %s: %s, slices are %s', h.id, h.amount, s.amount)
-        FROM billing.hold h CROSS JOIN LATERAL (
-            SELECT coalesce(sum(amount), 0) amount FROM billing.hold_slice WHERE hold_id = h.id) s
-        WHERE h.amount <> s.amount""",
-    "holds cost what their price says": """
-        SELECT h.wallet_id, format('hold %s: %s', h.id, h.amount)
-        FROM billing.hold h JOIN billing.price p ON p.id = h.price_id
-        WHERE h.amount <> p.per_request + ceil((
-            (h.input_tokens - h.cached_input_tokens)::numeric * p.input
-            + h.cached_input_tokens::numeric * p.cached_input + h.output_tokens::numeric * p.output) / 1000000)""",
-    "holds are open or resolved": """
-        SELECT h.wallet_id, format('hold %s', h.id)
-        FROM billing.hold h LEFT JOIN billing.open_hold o ON o.hold_id = h.id
-            LEFT JOIN billing.hold_resolution r ON r.hold_id = h.id
-        WHERE (o.hold_id IS NULL) = (r.hold_id IS NULL)""",
-    "usage costs what its price says": """
-        WITH running AS (
-            SELECT u.*, sum(u.cost) OVER parts total, sum(u.input_tokens) OVER parts all_input,
-                sum(u.cached_input_tokens) OVER parts all_cached, sum(u.output_tokens) OVER parts all_output
-            FROM billing.usage u WINDOW parts AS (PARTITION BY u.hold_id ORDER BY u.part))
-        SELECT r.wallet_id, format('hold %s part %s: %s', r.hold_id, r.part, r.cost)
-        FROM running r JOIN billing.price p ON p.id = r.price_id
-        WHERE r.total <> greatest(r.total - r.cost, p.per_request + ceil((
-            (r.all_input - r.all_cached) * p.input
-            + r.all_cached * p.cached_input + r.all_output * p.output) / 1000000))""",
-    "usage is paid or owed": """
-        WITH paid AS (
-            SELECT hold_id, sum(amount) amount FROM billing.transfer
-            WHERE code IN ('usage', 'late', 'receivable') GROUP BY hold_id),
-        used AS (SELECT hold_id, sum(cost) cost FROM billing.usage GROUP BY hold_id)
-        SELECT h.wallet_id, format('hold %s: used %s, taken %s', h.id, coalesce(u.cost, 0), coalesce(p.amount, 0))
-        FROM billing.hold h LEFT JOIN used u ON u.hold_id = h.id LEFT JOIN paid p ON p.hold_id = h.id
-        WHERE coalesce(u.cost, 0) <> coalesce(p.amount, 0)""",
-    "resolutions say what was taken": """
-        SELECT h.wallet_id, format('hold %s: %s', h.id, r.amount)
-        FROM billing.hold_resolution r JOIN billing.hold h ON h.id = r.hold_id
-        WHERE r.amount <> (SELECT coalesce(sum(amount), 0) FROM billing.transfer t
-            WHERE t.op_id = r.op_id AND t.wallet_id = h.wallet_id AND t.code = 'usage' AND t.hold_id = h.id)""",
-    "who owes has nothing available": """
-        SELECT w.wallet_id, format('owes %s', w.debits_posted - w.credits_posted)
-        FROM billing.account w
-        WHERE w.kind = 'receivable' AND w.debits_posted > w.credits_posted AND EXISTS (
-            SELECT FROM billing.account a JOIN billing.credit_grant g ON g.account_id = a.id
-            WHERE a.wallet_id = w.wallet_id AND a.credits_posted > a.debits_posted + a.debits_pending
-                AND (g.expires_at IS NULL OR g.expires_at > clock_timestamp()))""",
-}
-
-_TOTALS = """
-    SELECT (SELECT count(*) FROM billing.wallet), (SELECT count(*) FROM billing.transfer),
-        (SELECT count(*) FROM billing.hold), (SELECT count(*) FROM billing.open_hold),
-        coalesce(sum(debits_posted) FILTER (WHERE kind = 'funding'), 0),
-        coalesce(sum(credits_posted) FILTER (WHERE kind = 'revenue'), 0)
-    FROM billing.account"""
+DIFFERENCES_MAX = 100
+STATEMENT_TIMEOUT_MS = 10 * 60 * 1000
+WALLETS_MAX = 2_000
+TRANSFERS_MAX = 50_000
+HOLDS_MAX = 20_000
+OPERATION_TRANSFERS_MAX = 100_000
+NOBODY = UUID(int=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,50 +38,233 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """A wallet whose transfers were examined up to `seq`: its balance there, and (debits, credits) by account."""
+
+    wallet_id: UUID
+    seq: int
+    balance: int
+    moved: dict[UUID, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step looked at and where the next one goes on: after `after`, within `begun`; both None at the end."""
+
+    after: UUID | None
+    begun: Begun | None
+    differences: list[Difference]
+    wallets: int = 0
+    transfers: int = 0
+    holds: int = 0
+    granted: int = 0
+    spent: int = 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.after is None and self.begun is None
+
+
+@dataclass(slots=True)
 class Report:
     """What was looked at, and at most SAMPLES_MAX differences of each check. Amounts in nano-credits."""
 
-    wallets: int
-    transfers: int
-    holds: int
-    open_holds: int
-    granted: int
-    spent: int
-    checks: int
-    differences: tuple[Difference, ...]
+    wallets: int = 0
+    transfers: int = 0
+    holds: int = 0
+    open_holds: int = 0
+    granted: int = 0
+    spent: int = 0
+    checks: int = len(checks.CHECKS)
+    found: Counter[str] = field(default_factory=Counter)
+    differences: list[Difference] = field(default_factory=list)
 
     @property
     def is_clean(self) -> bool:
-        return not self.differences
+        return not self.found
+
+    def add(self, step: Step) -> None:
+        for name in ("wallets", "transfers", "holds", "granted", "spent"):
+            setattr(self, name, getattr(self, name) + getattr(step, name))
+        for difference in step.differences:
+            self.found[difference.check] += 1
+            if self.found[difference.check] <= SAMPLES_MAX:
+                self.differences.append(difference)
+
+    def progress(self) -> str:
+        return f"{self.wallets} wallets, {self.transfers} transfers, {self.holds} holds"
 
     def lines(self) -> list[str]:
         """For people: one line a difference, then the sums."""
-        verdict = "no difference" if self.is_clean else f"{len(self.differences)} differences shown"
+        total = self.found.total()
+        verdict = "no difference" if self.is_clean else f"{total} differences, {len(self.differences)} shown"
         return [
             *(f"DIFFERS  {d.check}: wallet {d.wallet_id}: {d.detail}" for d in self.differences),
-            f"{self.wallets} wallets, {self.transfers} transfers, {self.holds} holds ({self.open_holds} open)",
+            f"{self.progress()} ({self.open_holds} open)",
             f"{format_credits(self.granted)} credits granted, {format_credits(self.spent)} spent",
             f"{self.checks} checks: {verdict}",
         ]
 
+    def as_json(self) -> dict[str, Any]:
+        """For programs; amounts as decimal strings of credits."""
+        names = ("wallets", "transfers", "holds", "open_holds", "checks")
+        return {
+            "clean": self.is_clean,
+            **{name: getattr(self, name) for name in names},
+            "granted": format_credits(self.granted),
+            "spent": format_credits(self.spent),
+            "found": dict(self.found),
+            "differences": [
+                {"check": d.check, "wallet_id": str(d.wallet_id), "detail": d.detail} for d in self.differences
+            ],
+        }
 
-async def verify(url: str) -> Report:
-    """Examine one snapshot, as the service's own role; reads only."""
+
+async def verify(url: str, on_progress: Callable[[Report], None] = lambda _: None) -> Report:
+    """Examine everything, as the service's own role; reads only. Operations may go on meanwhile."""
     connection = await asyncpg.connect(dsn(url), timeout=10)
     try:
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            await connection.execute(f"SET LOCAL statement_timeout = {STATEMENT_TIMEOUT_MS}")
-            return await examine(connection)
+        await connection.execute(f"SET statement_timeout = {STATEMENT_TIMEOUT_MS}")
+        await connection.execute("SET default_transaction_isolation = 'repeatable read'")
+        await connection.execute("SET default_transaction_read_only = on")
+        return await examine(connection, on_progress)
     finally:
         await connection.close()
 
 
-async def examine(connection: asyncpg.Connection) -> Report:
-    """Run every check in the connection's transaction."""
-    totals = await connection.fetchrow(_TOTALS)
-    differences = []
-    for name, query in CHECKS.items():
-        rows = await connection.fetch(f"{query} LIMIT {SAMPLES_MAX}")
-        differences += [Difference(name, row[0], row[1]) for row in rows]
-    wallets, transfers, holds, open_holds, granted, spent = map(int, totals)
-    return Report(wallets, transfers, holds, open_holds, granted, spent, len(CHECKS), tuple(differences))
+async def examine(connection: asyncpg.Connection, on_progress: Callable[[Report], None] = lambda _: None) -> Report:
+    """Both walks from end to end; each step in a transaction, or within the one that the connection is in."""
+    report = Report(open_holds=await connection.fetchval("SELECT count(*) FROM billing.open_hold"))
+    after: UUID | None = None
+    begun: Begun | None = None
+    while True:
+        step = await wallets_step(connection, after, begun)
+        report.add(step)
+        on_progress(report)
+        if step.is_last:
+            break
+        after, begun = step.after, step.begun
+    after = None
+    while True:
+        step = await holds_step(connection, after)
+        report.add(step)
+        on_progress(report)
+        if step.is_last:
+            return report
+        after = step.after
+
+
+async def wallets_step(
+    connection: asyncpg.Connection,
+    after: UUID | None,
+    begun: Begun | None,
+    *,
+    wallets_max: int = WALLETS_MAX,
+    transfers_max: int = TRANSFERS_MAX,
+) -> Step:
+    """Examine the wallets after `after`, as many as come within the limits, or the next part of one that is begun."""
+    async with connection.transaction():
+        rows = await connection.fetch(
+            "SELECT id, seq FROM billing.wallet WHERE id > $1 ORDER BY id LIMIT $2", after or NOBODY, wallets_max
+        )
+        batch = _within(rows, begun, transfers_max)
+        if not batch:
+            return Step(None, None, [])
+        wallet_id, seq = batch[0]
+        since, balance = (begun.seq, begun.balance) if begun is not None else (0, 0)
+        is_part = seq - since > transfers_max
+        if is_part:
+            batch = [(wallet_id, await _end_of_operation(connection, wallet_id, since + transfers_max))]
+        ids, until = [row[0] for row in batch], [row[1] for row in batch]
+        arguments = (ids, [since] * len(ids), until, [balance] * len(ids), *_columns(begun))
+        differences = await _differences(connection, checks.TRANSFERS, *arguments, beginning=checks.PARTS)
+        transfers = sum(until) - since * len(ids)
+        if is_part:
+            carried = await _carried(connection, wallet_id, until[0], arguments)
+            return Step(after, carried, differences, transfers=transfers)
+        differences += await _differences(connection, checks.BOOKS, *arguments, beginning=checks.PARTS)
+        granted, spent = await _sums(connection, ids)
+    return Step(ids[-1], None, differences, len(ids), transfers, granted=granted, spent=spent)
+
+
+async def holds_step(connection: asyncpg.Connection, after: UUID | None, *, holds_max: int = HOLDS_MAX) -> Step:
+    """Examine the holds after `after`, at most so many."""
+    after = after or NOBODY
+    async with connection.transaction():
+        last, count = await connection.fetchrow(
+            """SELECT (array_agg(id ORDER BY id DESC))[1], count(*) FROM (
+                SELECT id FROM billing.hold WHERE id > $1 ORDER BY id LIMIT $2) h""",
+            after,
+            holds_max,
+        )
+        if last is None:
+            return Step(None, None, [])
+        differences = await _differences(connection, checks.HOLDS, after, last)
+    return Step(last, None, differences, holds=count)
+
+
+def _within(rows: Iterable[Any], begun: Begun | None, transfers_max: int) -> list[tuple[UUID, int]]:
+    """The first wallets whose transfers come to no more than that, or one with more; only the one that is begun."""
+    batch: list[tuple[UUID, int]] = []
+    rest = transfers_max
+    for wallet_id, seq in rows:
+        rest -= seq
+        if batch and rest < 0:
+            break
+        batch.append((wallet_id, seq))
+        if begun is not None:
+            break
+    return batch
+
+
+async def _end_of_operation(connection: asyncpg.Connection, wallet_id: UUID, seq: int) -> int:
+    """The number of the last transfer of the operation that `seq` belongs to: parts end where operations do."""
+    end: int | None = await connection.fetchval(
+        """SELECT max(n.wallet_seq) FROM billing.transfer t JOIN billing.transfer n
+            ON n.wallet_id = t.wallet_id AND n.wallet_seq >= t.wallet_seq AND n.wallet_seq <= $2 + $3
+            AND n.op_id = t.op_id
+        WHERE t.wallet_id = $1 AND t.wallet_seq = $2""",
+        wallet_id,
+        seq,
+        OPERATION_TRANSFERS_MAX,
+    )
+    return seq if end is None else end
+
+
+async def _carried(
+    connection: asyncpg.Connection, wallet_id: UUID, seq: int, arguments: Sequence[Sequence[object]]
+) -> Begun:
+    moved = {
+        row[0]: (int(row[1]), int(row[2]))
+        for row in await connection.fetch(f"{checks.PARTS}{checks.MOVED}", *arguments)
+    }
+    balance = await connection.fetchval(
+        "SELECT balance_after FROM billing.transfer WHERE wallet_id = $1 AND wallet_seq = $2", wallet_id, seq
+    )
+    return Begun(wallet_id, seq, balance or 0, moved)
+
+
+def _columns(begun: Begun | None) -> tuple[list[UUID], list[Decimal], list[Decimal]]:
+    moved = begun.moved if begun is not None else {}
+    return list(moved), [Decimal(d) for d, _ in moved.values()], [Decimal(c) for _, c in moved.values()]
+
+
+async def _differences(
+    connection: asyncpg.Connection, queries: Iterable[str], *arguments: object, beginning: str = ""
+) -> list[Difference]:
+    """At most DIFFERENCES_MAX of each query."""
+    found: list[Difference] = []
+    for query in queries:
+        rows = await connection.fetch(f"{beginning}{query} LIMIT {DIFFERENCES_MAX}", *arguments)
+        found += [Difference(*row) for row in rows]
+    return found
+
+
+async def _sums(connection: asyncpg.Connection, wallets: Sequence[UUID]) -> tuple[int, int]:
+    row = await connection.fetchrow(
+        """SELECT coalesce(sum(debits_posted) FILTER (WHERE kind = 'funding'), 0),
+            coalesce(sum(credits_posted) FILTER (WHERE kind = 'revenue'), 0)
+        FROM billing.account WHERE wallet_id = ANY($1)""",
+        wallets,
+    )
+    return int(row[0]), int(row[1])

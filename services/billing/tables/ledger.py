@@ -129,6 +129,7 @@ transfer = Table(
     CheckConstraint("balance_after >= 0", name="balance_after"),
     CheckConstraint("code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry')", name="code"),
     Index(None, "booked_at", postgresql_using="brin"),
+    Index(None, "hold_id", postgresql_where=text("hold_id IS NOT NULL")),
     postgresql_partition_by="RANGE (id)",
 )
 

@@ -1,0 +1,189 @@
+"""What must be true of the books, as SQL that finds where it is not: a second implementation of the kernel's rules.
+
+Costs and balances are computed by PostgreSQL, not by the kernel. Every query answers with (check, wallet, detail) for
+each difference, and looks at a bounded part: some wallets' transfers up to a number, some whole wallets, or a range of
+holds. Wallets and holds are examined in one snapshot each: an operation is one transaction, and touches one wallet.
+"""
+
+from __future__ import annotations
+
+_COST = """p.per_request + div(({input} - {cached})::numeric * p.input + {cached}::numeric * p.cached_input
+        + {output}::numeric * p.output + 999999, 1000000)"""
+
+
+def _cost(tokens: str) -> str:
+    """The cost of a request as SQL; `tokens` is a template of the columns' names."""
+    columns = {k: tokens.format(c) for k, c in (("input", "input"), ("cached", "cached_input"), ("output", "output"))}
+    return _COST.format(**columns)
+
+
+# What every query of TRANSFERS and BOOKS begins with.
+# Wallets with the last number examined before, the last one to examine now, and the balance at the former; and what
+# the accounts of a wallet that is examined in parts have moved before.
+PARTS = """
+    WITH w AS (
+        SELECT * FROM unnest($1::uuid[], $2::int8[], $3::int8[], $4::int8[]) AS w(id, since, until, balance)),
+    carried AS (
+        SELECT * FROM unnest($5::uuid[], $6::numeric[], $7::numeric[]) AS c(account, debits, credits)),
+    t AS (
+        SELECT t.*, w.since, w.until, w.balance FROM w JOIN billing.transfer t
+            ON t.wallet_id = w.id AND t.wallet_seq > w.since AND t.wallet_seq <= w.until)"""
+
+CHECKS = (
+    "transfers are numbered without a gap",
+    "transfers are in order of time",
+    "transfers stay within their wallet",
+    "balances follow from the transfers",
+    "transfers belong to operations that were applied",
+    "accounts equal their transfers",
+    "debits equal credits",
+    "what is pending equals the slices of open holds",
+    "who owes has nothing available",
+    "holds are covered by their slices",
+    "holds cost what their price says",
+    "holds are open or resolved",
+    "usage costs what its price says",
+    "usage is paid or owed",
+    "resolutions say what was taken",
+    "settled holds have usage, voided ones have none",
+    "holds and resolutions are remembered as they were decided",
+)
+
+# Of transfers, in parts of any size that end where an operation does.
+TRANSFERS = (
+    """, line AS (
+        SELECT t.*, d.wallet_id AS d_wallet, c.wallet_id AS c_wallet,
+            t.since + row_number() OVER numbers AS number, lag(t.booked_at) OVER numbers AS earlier,
+            t.balance + sum(CASE WHEN c.limited THEN t.amount ELSE 0 END - CASE WHEN d.limited THEN t.amount ELSE 0 END)
+                OVER numbers AS replayed
+        FROM t LEFT JOIN billing.account d ON d.id = t.debit_account
+            LEFT JOIN billing.account c ON c.id = t.credit_account
+        WINDOW numbers AS (PARTITION BY t.wallet_id ORDER BY t.wallet_seq))
+    SELECT v.name, line.wallet_id, v.detail FROM line CROSS JOIN LATERAL (VALUES
+        ('transfers are numbered without a gap',
+            wallet_seq <> number, format('number %s comes as the %s.', wallet_seq, number)),
+        ('transfers are in order of time',
+            booked_at < earlier, format('transfer %s: %s after %s', id, booked_at, earlier)),
+        ('transfers stay within their wallet',
+            d_wallet IS DISTINCT FROM wallet_id OR c_wallet IS DISTINCT FROM wallet_id,
+            format('transfer %s', id)),
+        ('balances follow from the transfers', balance_after <> replayed,
+            format('transfer %s: balance_after is %s, replayed %s', id, balance_after, replayed))
+    ) AS v(name, differs, detail) WHERE v.differs""",
+    """
+    SELECT 'transfers are numbered without a gap',
+        w.id, format('%s transfers from %s to %s', count(t.id), w.since + 1, w.until)
+    FROM w LEFT JOIN t ON t.wallet_id = w.id GROUP BY w.id, w.since, w.until HAVING count(t.id) <> w.until - w.since""",
+    # Those of holds are compared with what is remembered of the hold.
+    """
+    SELECT 'transfers belong to operations that were applied', t.wallet_id, format('transfer %s', t.id) FROM t
+    WHERE NOT EXISTS (SELECT FROM billing.hold WHERE id = t.hold_id)
+        AND NOT EXISTS (SELECT FROM billing.op o WHERE o.id = t.op_id AND o.refusal IS NULL)""",
+)
+
+# Of wallets, once all their transfers were examined.
+BOOKS = (
+    """
+    SELECT 'transfers are numbered without a gap',
+        b.id, format('the wallet says %s, there is %s', b.seq, max(t.wallet_seq))
+    FROM w JOIN billing.wallet b ON b.id = w.id JOIN billing.transfer t ON t.wallet_id = w.id AND t.wallet_seq > b.seq
+    GROUP BY b.id""",
+    """, moved AS (
+        SELECT account, sum(debits) AS debits, sum(credits) AS credits FROM (
+            SELECT debit_account AS account, amount AS debits, 0 AS credits FROM t
+            UNION ALL SELECT credit_account, 0, amount FROM t
+            UNION ALL SELECT * FROM carried) legs GROUP BY account)
+    SELECT 'accounts equal their transfers', a.wallet_id,
+        format('account %s (%s): %s debited and %s credited, but the counters say %s and %s',
+            a.id, a.kind, coalesce(m.debits, 0), coalesce(m.credits, 0), a.debits_posted, a.credits_posted)
+    FROM w JOIN billing.account a ON a.wallet_id = w.id LEFT JOIN moved m ON m.account = a.id
+    WHERE a.debits_posted <> coalesce(m.debits, 0) OR a.credits_posted <> coalesce(m.credits, 0)""",
+    """
+    SELECT 'debits equal credits', a.wallet_id, format('posted %s and %s, pending %s and %s', sum(debits_posted),
+        sum(credits_posted), sum(debits_pending), sum(credits_pending))
+    FROM w JOIN billing.account a ON a.wallet_id = w.id GROUP BY a.wallet_id
+    HAVING sum(debits_posted) <> sum(credits_posted) OR sum(debits_pending) <> sum(credits_pending)""",
+    """, slices AS (
+        SELECT s.account_id, sum(s.amount) AS amount
+        FROM billing.open_hold o JOIN billing.hold_slice s ON s.hold_id = o.hold_id
+        WHERE o.wallet_id = ANY($1) GROUP BY s.account_id)
+    SELECT 'what is pending equals the slices of open holds',
+        a.wallet_id, format('account %s (%s): %s pending, open slices are %s',
+        a.id, a.kind, a.debits_pending, coalesce(s.amount, 0))
+    FROM w JOIN billing.account a ON a.wallet_id = w.id LEFT JOIN slices s ON s.account_id = a.id
+    WHERE a.debits_pending <> coalesce(s.amount, 0) OR (a.kind <> 'revenue' AND a.credits_pending <> 0)""",
+    # What has expired is not available, though the sweeper may not have moved it yet.
+    """
+    SELECT 'who owes has nothing available', r.wallet_id, format('owes %s', r.debits_posted - r.credits_posted)
+    FROM w JOIN billing.account r ON r.wallet_id = w.id AND r.kind = 'receivable' AND r.debits_posted > r.credits_posted
+    WHERE EXISTS (
+        SELECT FROM billing.account a JOIN billing.credit_grant g ON g.account_id = a.id
+        WHERE a.wallet_id = w.id AND a.credits_posted > a.debits_posted + a.debits_pending
+            AND (g.expires_at IS NULL OR g.expires_at > clock_timestamp()))""",
+)
+
+# Of holds: after $1, up to $2.
+HOLDS = (
+    """SELECT 'holds are covered by their slices',
+        h.wallet_id, format('hold %s: %s, slices are %s', h.id, h.amount, coalesce(s.amount, 0))
+    FROM billing.hold h LEFT JOIN (
+        SELECT hold_id, sum(amount) AS amount FROM billing.hold_slice WHERE hold_id > $1 AND hold_id <= $2
+        GROUP BY hold_id) s ON s.hold_id = h.id
+    WHERE h.id > $1 AND h.id <= $2 AND h.amount <> coalesce(s.amount, 0)""",
+    """SELECT 'holds cost what their price says', h.wallet_id, format('hold %s: %s', h.id, h.amount)
+    FROM billing.hold h JOIN billing.price p ON p.id = h.price_id
+    WHERE h.id > $1 AND h.id <= $2 AND h.amount <> HOLD_COST""".replace("HOLD_COST", _cost("h.{}_tokens")),
+    """SELECT 'holds are open or resolved', h.wallet_id, format('hold %s', h.id)
+    FROM billing.hold h LEFT JOIN billing.open_hold o ON o.hold_id = h.id
+        LEFT JOIN billing.hold_resolution r ON r.hold_id = h.id
+    WHERE h.id > $1 AND h.id <= $2 AND (o.hold_id IS NULL) = (r.hold_id IS NULL)""",
+    """WITH running AS (
+        SELECT u.*, sum(u.cost) OVER parts AS total, sum(u.input_tokens) OVER parts AS all_input,
+            sum(u.cached_input_tokens) OVER parts AS all_cached_input, sum(u.output_tokens) OVER parts AS all_output
+        FROM billing.usage u WHERE u.hold_id > $1 AND u.hold_id <= $2
+        WINDOW parts AS (PARTITION BY u.hold_id ORDER BY u.part))
+    SELECT 'usage costs what its price says', r.wallet_id, format('hold %s part %s: %s', r.hold_id, r.part, r.cost)
+    FROM running r JOIN billing.price p ON p.id = r.price_id
+    WHERE r.total <> greatest(r.total - r.cost, USAGE_COST)""".replace("USAGE_COST", _cost("r.all_{}")),
+    """WITH paid AS (
+        SELECT hold_id, sum(amount) AS amount FROM billing.transfer
+        WHERE hold_id > $1 AND hold_id <= $2 AND code IN ('usage', 'late', 'receivable') GROUP BY hold_id),
+    used AS (
+        SELECT hold_id, sum(cost) AS cost FROM billing.usage WHERE hold_id > $1 AND hold_id <= $2 GROUP BY hold_id)
+    SELECT 'usage is paid or owed', h.wallet_id,
+        format('hold %s: used %s, taken %s', h.id, coalesce(u.cost, 0), coalesce(p.amount, 0))
+    FROM billing.hold h LEFT JOIN used u ON u.hold_id = h.id LEFT JOIN paid p ON p.hold_id = h.id
+    WHERE h.id > $1 AND h.id <= $2 AND coalesce(u.cost, 0) <> coalesce(p.amount, 0)""",
+    """WITH taken AS (
+        SELECT hold_id, op_id, sum(amount) AS amount FROM billing.transfer
+        WHERE hold_id > $1 AND hold_id <= $2 AND code = 'usage' GROUP BY hold_id, op_id)
+    SELECT 'resolutions say what was taken',
+        h.wallet_id, format('hold %s: %s, transfers say %s', h.id, r.amount, coalesce(t.amount, 0))
+    FROM billing.hold h JOIN billing.hold_resolution r ON r.hold_id = h.id
+        LEFT JOIN taken t ON t.hold_id = h.id AND t.op_id = r.op_id
+    WHERE h.id > $1 AND h.id <= $2 AND r.amount <> coalesce(t.amount, 0)""",
+    """SELECT 'settled holds have usage, voided ones have none',
+        h.wallet_id, format('hold %s: %s', h.id, coalesce(r.kind, 'open'))
+    FROM billing.hold h LEFT JOIN billing.hold_resolution r ON r.hold_id = h.id
+        LEFT JOIN billing.usage u ON u.hold_id = h.id AND u.part = 0
+    WHERE h.id > $1 AND h.id <= $2 AND coalesce(r.kind, 'open') <> 'expire'
+        AND (coalesce(r.kind, 'open') = 'post') <> (u.hold_id IS NOT NULL)""",
+    """SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id, format('hold %s', h.id)
+    FROM billing.hold h LEFT JOIN billing.op o ON o.tenant = h.wallet_id AND o.idem_key = 'hold:' || h.id
+    WHERE h.id > $1 AND h.id <= $2
+        AND (o.id IS NULL OR o.refusal IS NOT NULL OR (o.result->>'amount')::int8 IS DISTINCT FROM h.amount)
+    UNION ALL
+    SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id, format('hold %s: %s', h.id, r.kind)
+    FROM billing.hold h JOIN billing.hold_resolution r ON r.hold_id = h.id
+        LEFT JOIN billing.op o ON o.tenant = h.wallet_id
+            AND o.idem_key = CASE r.kind WHEN 'post' THEN 'settle:' ELSE r.kind || ':' END || h.id
+    WHERE h.id > $1 AND h.id <= $2 AND (o.id IS DISTINCT FROM r.op_id OR o.refusal IS NOT NULL
+        OR (r.kind <> 'void' AND (o.result->>'settled')::int8 IS DISTINCT FROM r.amount))""",
+)
+
+# What the transfers of a part moved, to be carried into the next one.
+MOVED = """
+    SELECT account, sum(debits), sum(credits) FROM (
+        SELECT debit_account AS account, amount AS debits, 0 AS credits FROM t
+        UNION ALL SELECT credit_account, 0, amount FROM t
+        UNION ALL SELECT * FROM carried) legs GROUP BY account"""

@@ -6,10 +6,10 @@ from contextlib import AsyncExitStack
 
 from services.billing.ledger.writer import Writer, WriterLimits
 from services.billing.repository.database import Database, DatabaseLimits
-from services.billing.routes import admin, prices, transactions, wallet
-from services.billing.service import Billing, Prices
+from services.billing.service import Prices
 from services.billing.servicer import Servicer
 from services.billing.settings import BillingSettings
+from services.billing.storefront import open_storefront
 from services.billing.tasks import Gauges, Sweeper
 from shared import grpc, web
 from shared.clock import SystemClock
@@ -40,17 +40,14 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     )
     ledger = Writer(database, signup_credits=settings.signup_nano, metrics=metrics, limits=writer_limits)
     stack.push_async_callback(ledger.close)
-    billing, price_service = Billing(database, ledger), Prices(database)
 
     app = web.create_app(
         "billing", ring=ring, registry=registry, readiness=readiness, description="Wallets, prices and the ledger."
     )
-    app.state.billing, app.state.prices = billing, price_service
-    for noun in (wallet, transactions, prices, admin):
-        app.include_router(noun.router)
+    open_storefront(app, settings, database, ledger)
 
     server = grpc.create_server(ring, GrpcMetrics(registry, "billing"))
-    add_LedgerServicer_to_server(Servicer(ledger, price_service), server)
+    add_LedgerServicer_to_server(Servicer(ledger, Prices(database)), server)
 
     sweeper = Sweeper(
         database,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 from uuid import UUID
 
 from services.billing.errors import AmountTooLarge
@@ -147,3 +148,16 @@ class WalletView:
     spent: int
     is_frozen: bool
     created_at: datetime
+
+
+BudgetSubject = Literal["key", "member"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a key or a member may spend, held amounts included, in nano-credits of a calendar day and month (UTC)."""
+
+    subject: BudgetSubject
+    subject_id: UUID
+    day: int | None
+    month: int | None

@@ -8,6 +8,7 @@ from shared.errors import (
     NotFound,
     PaymentRequired,
     PermissionDenied,
+    RateLimited,
     TollgateError,
     Unavailable,
     Unprocessable,
@@ -38,6 +39,11 @@ class BudgetExceeded(PaymentRequired):
 class WalletFrozen(PermissionDenied):
     default_code = "wallet_frozen"
     default_message = "This wallet is frozen. Ask the operator."
+
+
+class WalletNotFound(NotFound):
+    default_code = "wallet_not_found"
+    default_message = "This organisation has no wallet yet: it opens with the first request or look at it."
 
 
 class ModelNotPriced(NotFound):
@@ -78,6 +84,16 @@ class IdempotencyMismatch(Unprocessable):
 class PriceOverlap(Conflict):
     default_code = "price_overlap"
     default_message = "Another version of this price is in force or scheduled after that time."
+
+
+class TooManyExports(RateLimited):
+    default_code = "too_many_exports"
+    default_message = "Too many exports are under way. Retry in a few seconds."
+
+
+class OwnBudget(PermissionDenied):
+    default_code = "own_budget"
+    default_message = "A key cannot change its own budget. Use an access token, or another key."
 
 
 class AmountTooLarge(InvalidRequest):

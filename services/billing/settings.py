@@ -6,11 +6,11 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.billing.domain import parse_credits
+from services.billing.storefront_settings import StorefrontSettings
 from shared.errors import TollgateError
-from shared.runtime import ServiceSettings
 
 
-class BillingSettings(ServiceSettings):
+class BillingSettings(StorefrontSettings):
     """The service's settings; secrets do not print."""
 
     billing_http_listen: str = "127.0.0.1:8102"

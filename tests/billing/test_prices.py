@@ -24,7 +24,7 @@ LATER = timedelta(days=1)
 
 
 def author() -> Author:
-    return Author(uuid4(), "user:operator", uuid4().hex)
+    return Author(uuid4(), uuid4(), None, uuid4().hex)
 
 
 @pytest.fixture

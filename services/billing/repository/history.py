@@ -84,38 +84,55 @@ async def lacks_signup(database: Database, org_id: UUID, user_id: UUID) -> bool:
     return bool(row[0])
 
 
+_TRANSACTIONS = """
+    SELECT t.wallet_seq, t.id, t.code, t.amount, t.balance_after, t.hold_id, t.booked_at, t.effective_at,
+        h.model, u.build, u.input_tokens, u.cached_input_tokens, u.output_tokens, g.reason, g.expires_at
+    FROM billing.transfer t
+    LEFT JOIN billing.hold h ON h.id = t.hold_id
+    LEFT JOIN billing.usage u ON u.hold_id = t.hold_id AND u.op_id = t.op_id
+    LEFT JOIN billing.credit_grant g ON g.account_id = t.credit_account
+    WHERE t.wallet_id = $1 AND t.wallet_seq > $2 AND t.wallet_seq <= $3
+        AND ($4::text[] IS NULL OR t.code = ANY($4))
+        AND ($5::text IS NULL OR h.model = $5)
+        AND ($6::uuid IS NULL OR h.key_id = $6)
+        AND ($7::uuid IS NULL OR h.user_id = $7)"""
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionFilter:
+    """Which transactions; None asks for no more. Model, key and member exist only for those of requests."""
+
+    kinds: tuple[str, ...] | None = None
+    model: str | None = None
+    key_id: UUID | None = None
+    user_id: UUID | None = None
+
+    def arguments(self) -> tuple[object, ...]:
+        return (None if self.kinds is None else list(self.kinds), self.model, self.key_id, self.user_id)
+
+
 async def transactions(
     database: Database,
     org_id: UUID,
+    wanted: TransactionFilter,
     *,
-    before_seq: int | None,
-    kinds: list[str] | None,
-    since: datetime | None,
-    until: datetime | None,
+    after: int,
+    until: int,
     limit: int,
+    newest_first: bool = True,
 ) -> list[TransactionRow]:
-    """Newest first. `since` is included, `until` is not."""
+    """Of the transfers numbered from `after` (not included) to `until`. The wallet's numbers are its order in time."""
+    order = "DESC" if newest_first else "ASC"
     rows = await database.fetch(
-        """SELECT t.wallet_seq, t.id, t.code, t.amount, t.balance_after, t.hold_id, t.booked_at, t.effective_at,
-            h.model, u.build, u.input_tokens, u.cached_input_tokens, u.output_tokens, g.reason, g.expires_at
-        FROM billing.transfer t
-        LEFT JOIN billing.hold h ON h.id = t.hold_id
-        LEFT JOIN billing.usage u ON u.hold_id = t.hold_id AND u.op_id = t.op_id
-        LEFT JOIN billing.credit_grant g ON g.account_id = t.credit_account
-        WHERE t.wallet_id = $1
-            AND ($2::int8 IS NULL OR t.wallet_seq < $2)
-            AND ($3::text[] IS NULL OR t.code = ANY($3))
-            AND ($4::timestamptz IS NULL OR t.booked_at >= $4)
-            AND ($5::timestamptz IS NULL OR t.booked_at < $5)
-        ORDER BY t.wallet_seq DESC LIMIT $6""",
-        org_id,
-        before_seq,
-        kinds,
-        since,
-        until,
-        limit,
+        f"{_TRANSACTIONS} ORDER BY t.wallet_seq {order} LIMIT $8", org_id, after, until, *wanted.arguments(), limit
     )
     return [TransactionRow(*row) for row in rows]
+
+
+async def last_seq(database: Database, org_id: UUID) -> int:
+    """The number of the wallet's last transfer; 0 for none, and for no wallet."""
+    row = await database.fetchrow("SELECT seq FROM billing.wallet WHERE id = $1", org_id)
+    return int(row[0]) if row else 0
 
 
 async def usage(database: Database, org_id: UUID, *, before: tuple[UUID, int] | None, limit: int) -> list[UsageRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 from services.billing.domain import Price, PriceTerms
 from services.billing.repository.database import Connection, Database
@@ -19,6 +20,23 @@ async def in_force(database: Database, classes: Sequence[str]) -> list[Price]:
         WHERE t.customer_class = ANY($1) AND p.validity @> clock_timestamp()
         ORDER BY t.model, t.customer_class""",  # noqa: S608 - a constant
         list(classes),
+    )
+    return [_price(row) for row in rows]
+
+
+async def versions(
+    database: Database, model: str | None, customer_class: str | None, before: UUID | None, limit: int
+) -> list[Price]:
+    """The newest publication first: a version's id grows with the time of its publication."""
+    rows = await database.fetch(
+        f"""SELECT {_COLUMNS} FROM billing.price p JOIN billing.tariff t ON t.id = p.tariff_id
+        WHERE ($1::text IS NULL OR t.model = $1) AND ($2::text IS NULL OR t.customer_class = $2)
+            AND ($3::uuid IS NULL OR p.id < $3)
+        ORDER BY p.id DESC LIMIT $4""",  # noqa: S608 - a constant
+        model,
+        customer_class,
+        before,
+        limit,
     )
     return [_price(row) for row in rows]
 

@@ -1,30 +1,57 @@
-"""For operators: grant credits, publish prices. Every write wants an Idempotency-Key."""
+"""For operators: anybody's wallet, and the list of prices. Every write wants an Idempotency-Key."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from services.billing.domain import DEFAULT_CLASS, PriceTerms
-from services.billing.routes.dependencies import BillingService, CurrentAuthor, PriceService
-from services.billing.routes.fields import Body, CreditsIn, CustomerClass, Model, PositiveCreditsIn, Timestamp
+from services.billing.routes.dependencies import (
+    HistoryService,
+    OperatorAuthor,
+    PriceService,
+    WalletService,
+    operator,
+)
+from services.billing.routes.fields import (
+    PAGE_DEFAULT,
+    Body,
+    CreditsIn,
+    CustomerClass,
+    Model,
+    PageSize,
+    PositiveCreditsIn,
+    Reason,
+    Timestamp,
+)
 from services.billing.routes.prices import PriceAnswer, price_answer
+from services.billing.routes.transactions import (
+    Cursor,
+    Since,
+    TransactionsAnswer,
+    Until,
+    Wanted,
+    transactions_page,
+)
+from services.billing.routes.wallet import BalanceAnswer, WalletAnswer, balance_answer, wallet_answer
 from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/admin/billing", tags=["admin"])
+Operators = Depends(operator)
 
 
 class GrantBody(Body):
     org_id: UUID
     credits: PositiveCreditsIn
-    reason: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+    reason: Reason
     expires_at: Timestamp | None = None
 
 
-class GrantAnswer(BaseModel):
+class GrantedAnswer(BaseModel):
     """`available` and `receivable` are the wallet's after the grant."""
 
     grant_id: UUID
@@ -46,11 +73,48 @@ class PriceBody(Body):
     effective_from: Timestamp | None = Field(None, description="Now, when left out. Never in the past.")
 
 
+class PriceVersionAnswer(PriceAnswer):
+    valid_until: datetime | None
+
+
+class PriceVersionsAnswer(BaseModel):
+    data: list[PriceVersionAnswer]
+    next_cursor: UUID | None
+
+
+@router.get("/wallets/{org_id}", dependencies=[Operators])
+async def wallet(org_id: UUID, service: WalletService) -> WalletAnswer:
+    """An organisation's wallet now. Looking does not open it."""
+    return wallet_answer(await service.existing(org_id))
+
+
+@router.get("/wallets/{org_id}/balance", dependencies=[Operators])
+async def balance(
+    org_id: UUID, service: WalletService, at: Annotated[Timestamp | None, Query()] = None
+) -> BalanceAnswer:
+    """Its balance as of a time, now if none is given."""
+    return balance_answer(org_id, await service.balance_at(org_id, at))
+
+
+@router.get("/wallets/{org_id}/transactions", dependencies=[Operators])
+async def transactions(
+    org_id: UUID,
+    history: HistoryService,
+    filters: Wanted,
+    since: Since = None,
+    until: Until = None,
+    cursor: Cursor = None,
+    limit: PageSize = PAGE_DEFAULT,
+) -> TransactionsAnswer:
+    """Its history, newest first."""
+    return await transactions_page(history, org_id, filters, since, until, cursor, limit)
+
+
 @router.post("/grants", status_code=201)
-async def grant(body: GrantBody, billing: BillingService, author: CurrentAuthor) -> GrantAnswer:
+async def grant(body: GrantBody, service: WalletService, author: OperatorAuthor) -> GrantedAnswer:
     """Put credits into an organisation's wallet."""
-    granted = await billing.grant(author, body.org_id, body.credits, reason=body.reason, expires_at=body.expires_at)
-    return GrantAnswer(
+    granted = await service.grant(author, body.org_id, body.credits, reason=body.reason, expires_at=body.expires_at)
+    return GrantedAnswer(
         grant_id=granted.grant_id,
         org_id=body.org_id,
         credits=format_credits(granted.amount),
@@ -59,8 +123,24 @@ async def grant(body: GrantBody, billing: BillingService, author: CurrentAuthor)
     )
 
 
+@router.get("/prices", dependencies=[Operators])
+async def price_versions(
+    prices: PriceService,
+    model: Annotated[Model | None, Query()] = None,
+    customer_class: Annotated[CustomerClass | None, Query()] = None,
+    cursor: Annotated[UUID | None, Query(description="`next_cursor` of the page before.")] = None,
+    limit: PageSize = PAGE_DEFAULT,
+) -> PriceVersionsAnswer:
+    """Every version ever published, scheduled ones too, the newest publication first."""
+    found, following = await prices.versions(model=model, customer_class=customer_class, before=cursor, limit=limit)
+    return PriceVersionsAnswer(
+        data=[PriceVersionAnswer(**price_answer(p).model_dump(), valid_until=p.valid_until) for p in found],
+        next_cursor=following,
+    )
+
+
 @router.post("/prices", status_code=201)
-async def publish_price(body: PriceBody, prices: PriceService, author: CurrentAuthor) -> PriceAnswer:
+async def publish_price(body: PriceBody, prices: PriceService, author: OperatorAuthor) -> PriceAnswer:
     """A new version of a price. The present one ends when it begins; 409 when another is scheduled after that."""
     terms = PriceTerms(body.per_request, body.input, body.cached_input, body.output)
     return price_answer(await prices.publish(author, body.model, body.customer_class, terms, body.effective_from))

@@ -8,19 +8,32 @@ from uuid import UUID
 from fastapi import Depends, Header, Request
 
 from services.billing.errors import IdempotencyKeyRequired
-from services.billing.service import Author, Billing, Prices
+from services.billing.service import Author, Budgets, History, Prices, Wallets
 from shared.errors import PermissionDenied
 from shared.identity import Identity
 from shared.web import Caller
 
 IDEMPOTENCY_KEY_CHARS_MAX = 255
 READ_SCOPE = "billing:read"
+WRITE_SCOPE = "billing:write"
 ADMIN_SCOPE = "admin"
 ADMIN_ROLES = ("operator", "admin")
 
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", description="Required; new for each request.")]
 
-def billing(request: Request) -> Billing:
-    found: Billing = request.app.state.billing
+
+def wallets(request: Request) -> Wallets:
+    found: Wallets = request.app.state.wallets
+    return found
+
+
+def history(request: Request) -> History:
+    found: History = request.app.state.history
+    return found
+
+
+def budgets(request: Request) -> Budgets:
+    found: Budgets = request.app.state.budgets
     return found
 
 
@@ -35,6 +48,19 @@ def reader(identity: Caller) -> Identity:
     return identity
 
 
+def writer(identity: Caller) -> Identity:
+    """Who may change what belongs to their organisation's wallet."""
+    identity.require_scope(WRITE_SCOPE)
+    return identity
+
+
+def operator(identity: Caller) -> Identity:
+    """Who may look at and change everybody's."""
+    identity.require_role(*ADMIN_ROLES)
+    identity.require_scope(ADMIN_SCOPE)
+    return identity
+
+
 def own_wallet(identity: Annotated[Identity, Depends(reader)]) -> UUID:
     """The caller's organisation: no route takes another one's id from a customer."""
     return organisation(identity)
@@ -42,26 +68,17 @@ def own_wallet(identity: Annotated[Identity, Depends(reader)]) -> UUID:
 
 def person(identity: Annotated[Identity, Depends(reader)]) -> UUID | None:
     """The user who asks, or on whose behalf a key does."""
-    try:
-        return UUID(identity.user_id)
-    except ValueError:
-        return None
+    return _id(identity.user_id)
 
 
-def author(
-    identity: Caller,
-    idempotency_key: Annotated[
-        str | None, Header(alias="Idempotency-Key", description="Required; new for each request.")
-    ] = None,
-) -> Author:
-    """An operator who writes. Raises IdempotencyKeyRequired without a usable key."""
-    identity.require_role(*ADMIN_ROLES)
-    identity.require_scope(ADMIN_SCOPE)
-    key = idempotency_key or ""
-    if not 1 <= len(key) <= IDEMPOTENCY_KEY_CHARS_MAX or not (key.isascii() and key.isprintable()):
-        raise IdempotencyKeyRequired()
-    actor = f"key:{identity.key_id}" if identity.key_id else f"user:{identity.user_id}"
-    return Author(organisation(identity), actor, key)
+def customer_author(identity: Annotated[Identity, Depends(writer)], idempotency_key: IdempotencyKey = None) -> Author:
+    """A customer who writes, for the wallet of their own organisation. Raises IdempotencyKeyRequired."""
+    return _author(identity, idempotency_key)
+
+
+def operator_author(identity: Annotated[Identity, Depends(operator)], idempotency_key: IdempotencyKey = None) -> Author:
+    """An operator who writes. Raises IdempotencyKeyRequired."""
+    return _author(identity, idempotency_key)
 
 
 def organisation(identity: Identity) -> UUID:
@@ -71,9 +88,28 @@ def organisation(identity: Identity) -> UUID:
         raise PermissionDenied("This needs a caller that belongs to an organisation.") from None
 
 
-BillingService = Annotated[Billing, Depends(billing)]
+def _author(identity: Identity, idempotency_key: str | None) -> Author:
+    key = idempotency_key or ""
+    if not 1 <= len(key) <= IDEMPOTENCY_KEY_CHARS_MAX or not (key.isascii() and key.isprintable()):
+        raise IdempotencyKeyRequired()
+    return Author(organisation(identity), _id(identity.user_id), _id(identity.key_id), key)
+
+
+def _id(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+WalletService = Annotated[Wallets, Depends(wallets)]
+HistoryService = Annotated[History, Depends(history)]
+BudgetService = Annotated[Budgets, Depends(budgets)]
 PriceService = Annotated[Prices, Depends(prices)]
 Reader = Annotated[Identity, Depends(reader)]
+Writer = Annotated[Identity, Depends(writer)]
+Operator = Annotated[Identity, Depends(operator)]
 OwnWallet = Annotated[UUID, Depends(own_wallet)]
 Person = Annotated[UUID | None, Depends(person)]
-CurrentAuthor = Annotated[Author, Depends(author)]
+CustomerAuthor = Annotated[Author, Depends(customer_author)]
+OperatorAuthor = Annotated[Author, Depends(operator_author)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Annotated
+from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -32,6 +33,16 @@ def _positive(value: int) -> int:
     return value
 
 
+def _usual_class(value: str) -> str:
+    kind, _, org_id = value.partition(":")
+    if kind == "org":
+        try:
+            return f"org:{UUID(org_id)}"
+        except ValueError:
+            raise ValueError("of an organisation is org: and its id.") from None
+    return value
+
+
 def _usual(value: datetime) -> datetime:
     if not TIME_MIN <= value <= TIME_MAX:
         raise ValueError(f"lies between the years {TIME_MIN.year} and {TIME_MAX.year}.")
@@ -44,7 +55,10 @@ Timestamp = Annotated[AwareDatetime, AfterValidator(_usual)]
 CreditsIn = Annotated[int, BeforeValidator(_nano, json_schema_input_type=str)]
 PositiveCreditsIn = Annotated[CreditsIn, AfterValidator(_positive)]
 Model = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/-]+$")]
-CustomerClass = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
+CustomerClass = Annotated[
+    str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$"), AfterValidator(_usual_class)
+]
+Reason = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 PageSize = Annotated[int, Field(ge=1, le=PAGE_MAX)]
 
 

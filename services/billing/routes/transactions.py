@@ -1,29 +1,41 @@
-"""What happened to the wallet: transactions, and the usage behind them."""
+"""What happened to the wallet, in pages and as a stream."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+import orjson
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from services.billing.repository.history import TransactionRow, UsageRecord
-from services.billing.routes.dependencies import BillingService, OwnWallet
-from services.billing.routes.fields import PAGE_DEFAULT, PageSize, Timestamp
+from services.billing.ledger.book import TransferCode
+from services.billing.repository.history import TransactionFilter, TransactionRow
+from services.billing.routes.dependencies import HistoryService, OwnWallet
+from services.billing.routes.fields import PAGE_DEFAULT, Model, PageSize, Timestamp
+from services.billing.service import History
 from shared.errors import InvalidRequest
 from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/billing", tags=["billing"])
 
-Kind = Literal["grant", "usage", "late", "receivable", "repayment", "expiry"]
 Cursor = Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")]
-CREDITING = ("grant",)
+Since = Annotated[Timestamp | None, Query(alias="from")]
+Until = Annotated[Timestamp | None, Query(alias="to", description="Not included.")]
+# These take credits, or add to what is owed; all others give.
+TAKING = frozenset(("usage", "late", "charge", "receivable", "repayment", "expiry"))
+COLUMNS = (
+    *("number", "id", "created_at", "kind", "amount", "balance_after", "hold_id", "model", "build"),
+    *("input_tokens", "cached_input_tokens", "output_tokens", "reason", "expires_at"),
+)
 
 _SEQ_CURSOR = re.compile(r"t([1-9]\d{0,17})\Z", re.ASCII)
-_USAGE_CURSOR = re.compile(r"u([0-9a-f]{32})\.([01])\Z", re.ASCII)
 
 
 class TokensAnswer(BaseModel):
@@ -38,13 +50,15 @@ class TransactionAnswer(BaseModel):
     """One transfer of the ledger; a request that drew on two grants has two."""
 
     id: UUID
-    kind: Kind = Field(
-        description="`grant` adds; `usage`, `late` (after the hold's expiry), `repayment` of what was owed and "
-        "`expiry` of a grant take from the balance; `receivable` is usage beyond the credits: owed, the balance stays."
+    number: int = Field(description="Its place in the wallet's history: 1, 2, 3, … without a gap.")
+    kind: TransferCode = Field(
+        description="`grant` adds, `refund` gives back; `usage`, `late` (after the hold's expiry), `charge`, "
+        "`repayment` of what was owed and `expiry` of a grant take from the balance; `receivable` is usage beyond the "
+        "credits: owed, the balance stays."
     )
     amount: str = Field(description="Signed decimal credits.")
     balance_after: str
-    hold_id: UUID | None
+    hold_id: UUID | None = Field(description="The request's hold, or the charge.")
     model: str | None
     build: str | None
     usage: TokensAnswer | None
@@ -55,65 +69,73 @@ class TransactionAnswer(BaseModel):
 
 class TransactionsAnswer(BaseModel):
     data: list[TransactionAnswer]
-    next_cursor: str | None
+    next_cursor: str | None = Field(
+        description="A page of a filter that few pass may be short and still have a next one."
+    )
 
 
-class UsageAnswer(TokensAnswer):
-    """What one request used; `late` is what its settlement added after the hold had expired."""
-
-    hold_id: UUID
-    late: bool
-    user_id: UUID | None
-    key_id: UUID | None
-    model: str
-    build: str
-    price_id: UUID
-    cost: str
-    finish_reason: str
-    duration_ms: int
-    request_id: str
-    created_at: datetime
+def wanted(
+    kind: Annotated[list[TransferCode] | None, Query(description="May be repeated.")] = None,
+    model: Annotated[Model | None, Query()] = None,
+    key_id: Annotated[UUID | None, Query()] = None,
+    user_id: Annotated[UUID | None, Query()] = None,
+) -> TransactionFilter:
+    """Which transactions."""
+    return TransactionFilter(None if kind is None else tuple(kind), model, key_id, user_id)
 
 
-class UsagesAnswer(BaseModel):
-    data: list[UsageAnswer]
-    next_cursor: str | None
+Wanted = Annotated[TransactionFilter, Depends(wanted)]
 
 
 @router.get("/transactions")
 async def transactions(
-    billing: BillingService,
+    history: HistoryService,
     org_id: OwnWallet,
-    kind: Annotated[list[Kind] | None, Query()] = None,
-    since: Annotated[Timestamp | None, Query(alias="from")] = None,
-    until: Annotated[Timestamp | None, Query(alias="to", description="Not included.")] = None,
+    filters: Wanted,
+    since: Since = None,
+    until: Until = None,
     cursor: Cursor = None,
     limit: PageSize = PAGE_DEFAULT,
 ) -> TransactionsAnswer:
-    """Newest first. `kind` may be repeated."""
-    rows, following = await billing.transactions(
-        org_id,
-        before_seq=None if cursor is None else _seq(cursor),
-        kinds=None if kind is None else list(kind),
-        since=since,
-        until=until,
-        limit=limit,
+    """Newest first."""
+    return await transactions_page(history, org_id, filters, since, until, cursor, limit)
+
+
+@router.get("/transactions/export", response_class=StreamingResponse)
+async def export(
+    history: HistoryService,
+    org_id: OwnWallet,
+    filters: Wanted,
+    since: Since = None,
+    until: Until = None,
+    form: Annotated[Literal["csv", "ndjson"], Query(alias="format")] = "csv",
+) -> StreamingResponse:
+    """Everything up to now, oldest first, as a stream that goes as fast as it is read."""
+    pieces = await history.export(org_id, filters, since=since, until=until)
+    render, head, media_type = _FORMS[form]
+    return StreamingResponse(
+        _rendered(pieces, render, head),
+        media_type=media_type,
+        headers={"content-disposition": f'attachment; filename="transactions.{form}"'},
+    )
+
+
+async def transactions_page(
+    history: History,
+    org_id: UUID,
+    filters: TransactionFilter,
+    since: datetime | None,
+    until: datetime | None,
+    cursor: str | None,
+    limit: int,
+) -> TransactionsAnswer:
+    """The same page for whoever may see it. Raises InvalidRequest for a cursor that is not ours."""
+    before = None if cursor is None else _seq(cursor)
+    rows, following = await history.transactions(
+        org_id, filters, before_seq=before, since=since, until=until, limit=limit
     )
     return TransactionsAnswer(
         data=[_transaction(row) for row in rows], next_cursor=None if following is None else f"t{following}"
-    )
-
-
-@router.get("/usage")
-async def usage(
-    billing: BillingService, org_id: OwnWallet, cursor: Cursor = None, limit: PageSize = PAGE_DEFAULT
-) -> UsagesAnswer:
-    """Requests and what they used, newest first."""
-    before = None if cursor is None else _usage_position(cursor)
-    rows, following = await billing.usage(org_id, before=before, limit=limit)
-    return UsagesAnswer(
-        data=[_usage(row) for row in rows],
-        next_cursor=None if following is None else f"u{following[0].hex}.{following[1]}",
     )
 
 
@@ -128,8 +150,9 @@ def _transaction(row: TransactionRow) -> TransactionAnswer:
     return TransactionAnswer.model_validate(
         {
             "id": row.id,
+            "number": row.seq,
             "kind": row.kind,
-            "amount": format_credits(row.amount if row.kind in CREDITING else -row.amount),
+            "amount": _amount(row),
             "balance_after": format_credits(row.balance_after),
             "hold_id": row.hold_id,
             "model": row.model,
@@ -142,24 +165,56 @@ def _transaction(row: TransactionRow) -> TransactionAnswer:
     )
 
 
-def _usage(row: UsageRecord) -> UsageAnswer:
-    return UsageAnswer(
-        hold_id=row.hold_id,
-        late=row.part > 0,
-        user_id=row.user_id,
-        key_id=row.key_id,
-        model=row.model,
-        build=row.build,
-        price_id=row.price_id,
-        input_tokens=row.input_tokens,
-        cached_input_tokens=row.cached_input_tokens,
-        output_tokens=row.output_tokens,
-        cost=format_credits(row.cost),
-        finish_reason=row.finish_reason,
-        duration_ms=row.duration_ms,
-        request_id=row.request_id,
-        created_at=row.created_at,
+async def _rendered(
+    pieces: AsyncIterator[list[TransactionRow]], render: Callable[[Sequence[TransactionRow]], bytes], head: bytes
+) -> AsyncIterator[bytes]:
+    if head:
+        yield head
+    async for rows in pieces:
+        yield render(rows)
+
+
+def _csv(rows: Sequence[TransactionRow]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(_cells(row) for row in rows)
+    return text.getvalue().encode()
+
+
+def _ndjson(rows: Sequence[TransactionRow]) -> bytes:
+    return b"".join(
+        orjson.dumps(dict(zip(COLUMNS, _values(row), strict=True)), option=orjson.OPT_APPEND_NEWLINE) for row in rows
     )
+
+
+def _values(row: TransactionRow) -> tuple[object, ...]:
+    return (
+        row.seq,
+        str(row.id),
+        row.created_at.isoformat(),
+        row.kind,
+        _amount(row),
+        format_credits(row.balance_after),
+        None if row.hold_id is None else str(row.hold_id),
+        row.model,
+        row.build,
+        row.input_tokens,
+        row.cached_input_tokens,
+        row.output_tokens,
+        row.reason,
+        None if row.expires_at is None else row.expires_at.isoformat(),
+    )
+
+
+def _cells(row: TransactionRow) -> list[object]:
+    """What was typed in by people must not become a formula where a spreadsheet opens the file."""
+    cells = list(_values(row))
+    if row.reason is not None and row.reason[:1] in "=+-@\t\r":
+        cells[COLUMNS.index("reason")] = f"'{row.reason}"
+    return cells
+
+
+def _amount(row: TransactionRow) -> str:
+    return format_credits(-row.amount if row.kind in TAKING else row.amount)
 
 
 def _seq(cursor: str) -> int:
@@ -169,8 +224,7 @@ def _seq(cursor: str) -> int:
     return int(match[1])
 
 
-def _usage_position(cursor: str) -> tuple[UUID, int]:
-    match = _USAGE_CURSOR.match(cursor)
-    if match is None:
-        raise InvalidRequest("This cursor is not one of ours; start from the first page.", param="cursor")
-    return UUID(match[1]), int(match[2])
+_FORMS: dict[str, tuple[Callable[[Sequence[TransactionRow]], bytes], bytes, str]] = {
+    "csv": (_csv, (",".join(COLUMNS) + "\r\n").encode(), "text/csv; charset=utf-8"),
+    "ndjson": (_ndjson, b"", "application/x-ndjson"),
+}

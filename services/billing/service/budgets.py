@@ -1,0 +1,45 @@
+"""What a key or a member may spend of the wallet in a day or a month. The ledger decides on it when it holds."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from services.billing.domain import Budget, BudgetSubject
+from services.billing.errors import OwnBudget
+from services.billing.ledger.operations import OpenWallet
+from services.billing.ledger.writer import Ledger
+from services.billing.repository import budgets as repository
+from services.billing.repository.database import Connection, Database
+from services.billing.service.author import Author, once
+
+
+class Budgets:
+    """One for the life of the process."""
+
+    def __init__(self, database: Database, ledger: Ledger) -> None:
+        self._database = database
+        self._ledger = ledger
+
+    async def all(self, org_id: UUID) -> list[Budget]:
+        """Every budget of the wallet."""
+        return await repository.budgets(self._database, org_id)
+
+    async def set(
+        self, author: Author, org_id: UUID, subject: BudgetSubject, subject_id: UUID, day: int | None, month: int | None
+    ) -> Budget:
+        """Give a key or a member these limits, None for none, in place of what they had. In force for the next hold.
+
+        Raises OwnBudget for a key that asks for itself or for whose it is.
+        """
+        if author.key_id is not None and subject_id in (author.key_id, author.user_id):
+            raise OwnBudget()
+        await self._ledger.submit(OpenWallet(org_id))
+        body = {"org": org_id, "subject": subject, "id": subject_id, "day": day, "month": month}
+
+        async def work(connection: Connection) -> dict[str, object]:
+            for period, amount in (("day", day), ("month", month)):
+                await repository.put(connection, org_id, subject, subject_id, period, amount)
+            return {}
+
+        await once(self._database, author, "budget", body, work)
+        return Budget(subject, subject_id, day, month)

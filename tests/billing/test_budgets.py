@@ -1,0 +1,114 @@
+"""Budgets of keys and members: who sets them, once a key, and nothing in between."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from shared.identity import Identity
+from tests.billing.harness import App, Ledger, person, signed
+
+BUDGETS = "/api/v1/billing/budgets"
+SOMEBODY = UUID(int=7)
+
+
+def key() -> dict[str, str]:
+    return {"Idempotency-Key": uuid4().hex}
+
+
+def owner(org_id: UUID) -> Identity:
+    return Identity(kind="user", org_id=str(org_id), user_id=str(uuid4()), scopes=("billing:read", "billing:write"))
+
+
+async def listed(app: App, identity: Identity) -> Any:
+    return (await app.http.get(BUDGETS, headers=signed(identity))).json()["data"]
+
+
+async def test_a_budget_is_set_replaced_and_removed(app: App, org_id: UUID) -> None:
+    who, member = owner(org_id), uuid4()
+    path = f"{BUDGETS}/members/{member}"
+    for body, day, month in (
+        ({"day": "1.5", "month": "20"}, "1.50", "20.00"),
+        ({"month": "0"}, None, "0.00"),
+    ):
+        answer = await app.http.put(path, json=body, headers=signed(who, **key()))
+        expected = {"subject": "member", "id": str(member), "day": day, "month": month}
+        assert (answer.status_code, answer.json()) == (200, expected)
+        assert await listed(app, who) == [expected]
+    await app.http.put(path, json={}, headers=signed(who, **key()))
+    assert await listed(app, who) == []
+
+
+async def test_the_same_key_sets_once_and_another_body_is_refused(app: App, ledger: Ledger, org_id: UUID) -> None:
+    who, path = owner(org_id), f"{BUDGETS}/keys/{uuid4()}"
+    headers = signed(who, **key())
+    bodies = [{"day": str(n // 5 + 1)} for n in range(10)]
+    answers = await asyncio.gather(*(app.http.put(path, json=body, headers=headers) for body in bodies))
+    first = [a.json()["day"] for a in answers if a.status_code == 200]
+    assert len(first) == 5
+    assert len(set(first)) == 1
+    assert {(a.status_code, a.json()["code"]) for a in answers if a.status_code != 200} == {
+        (422, "idempotency_mismatch")
+    }
+    assert (await listed(app, who))[0]["day"] == first[0]
+    later = await app.http.put(path, json={"day": "9"}, headers=signed(who, **key()))
+    assert later.status_code == 200
+    again = await app.http.put(path, json={"day": str(int(float(first[0])))}, headers=headers)
+    assert again.status_code == 200
+    assert (await listed(app, who))[0]["day"] == "9.00", "an old request that comes again changes nothing"
+
+
+async def test_who_waits_for_the_same_key_gets_the_result_of_the_first(app: App, ledger: Ledger, org_id: UUID) -> None:
+    who, path, idem = owner(org_id), f"{BUDGETS}/keys/{uuid4()}", key()
+    await app.http.get("/api/v1/billing/wallet", headers=signed(who))
+    async with ledger.pool.acquire() as connection, connection.transaction():
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"{org_id}:key:{idem['Idempotency-Key']}"
+        )
+        waiting = [
+            asyncio.create_task(app.http.put(path, json={"day": "1"}, headers=signed(who, **idem))) for _ in range(3)
+        ]
+        done, _ = await asyncio.wait(waiting, timeout=0.5)
+        assert not done
+    answers = await asyncio.gather(*waiting)
+    assert [a.status_code for a in answers] == [200] * 3
+    assert (
+        await ledger.pool.fetchval("SELECT count(*) FROM billing.op WHERE kind = 'budget' AND tenant = $1", org_id) == 1
+    )
+
+
+async def test_budgets_need_the_scope_and_an_idempotency_key(app: App, org_id: UUID) -> None:
+    path = f"{BUDGETS}/keys/{uuid4()}"
+    cases: list[tuple[dict[str, str], int]] = [
+        ({}, 401),
+        (signed(person(org_id), **key()), 403),
+        (signed(owner(org_id)), 400),
+    ]
+    for headers, status in cases:
+        assert (await app.http.put(path, json={"day": "1"}, headers=headers)).status_code == status
+
+
+async def test_a_key_does_not_lift_its_own_budget(app: App, org_id: UUID) -> None:
+    who = person(org_id, scopes=("billing:read", "billing:write"))
+    refused = await app.http.put(f"{BUDGETS}/keys/{who.key_id}", json={}, headers=signed(who, **key()))
+    assert (refused.status_code, refused.json()["code"]) == (403, "own_budget")
+    mine = await app.http.put(f"{BUDGETS}/members/{who.user_id}", json={}, headers=signed(who, **key()))
+    assert (mine.status_code, mine.json()["code"]) == (403, "own_budget")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (f"/keys/{SOMEBODY}", {"day": "-1"}),
+        (f"/keys/{SOMEBODY}", {"day": 1.5}),
+        (f"/keys/{SOMEBODY}", {"week": "1"}),
+        (f"/people/{SOMEBODY}", {"day": "1"}),
+        ("/keys/x", {"day": "1"}),
+    ],
+)
+async def test_budgets_that_make_no_sense_are_refused(app: App, org_id: UUID, path: str, body: dict[str, Any]) -> None:
+    answer = await app.http.put(BUDGETS + path, json=body, headers=signed(owner(org_id), **key()))
+    assert answer.status_code == 400

@@ -14,7 +14,7 @@ from deploy.local.valkey import Valkey
 PASSED_ON = ("TOLLGATE_LOG_LEVEL", "TOLLGATE_SIGNUP_CREDITS", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DRAIN_TIMEOUT_S = 10
 # Those with a role in PostgreSQL; the gateway's may only read.
-WITH_DATABASE = ("auth", "billing", "gateway")
+WITH_DATABASE = ("auth", "billing", "chat", "gateway")
 SIGNUP_CREDITS = "100"
 
 
@@ -99,6 +99,8 @@ class Services:
                 "TOLLGATE_UNLEASH_TOKEN": self.secrets["unleash_client_token"],
                 "TOLLGATE_FLAGS_BACKUP": str(self.layout.state / f"flags-{service}.json"),
             }
+        if service == "inference":
+            own["TOLLGATE_INFERENCE_DESIRED_FILE"] = str(self.layout.state / "desired-builds.json")
         return own
 
     def program(self, service: str) -> Program:

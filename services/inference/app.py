@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from functools import partial
 
+from services.inference.canary import Patience
+from services.inference.repository import DesiredFile
 from services.inference.routes import models as models_routes
-from services.inference.service import Models, Patience, any_ready
+from services.inference.service import Models, Room, any_ready
 from services.inference.servicer import CatalogueServicer
 from services.inference.settings import Settings
 from services.inference.tasks import Pace, Watcher
@@ -38,8 +40,19 @@ async def build(settings: Settings, stack: AsyncExitStack, readiness: Readiness)
         canary_s=settings.inference_canary_timeout_ms / 1000,
         first_token_s=settings.inference_first_token_timeout_ms / 1000,
         reload_quiet_s=settings.inference_canary_timeout_ms / 1000,
+        probe_interval_s=settings.inference_probe_interval_ms / 1000,
+        probe_s=settings.inference_probe_timeout_ms / 1000,
+        idle_s=settings.inference_idle_unload_ms / 1000,
     )
-    models = Models(settings.model_repository, triton, InferenceMetrics(registry), clock, patience)
+    models = Models(
+        settings.model_repository,
+        triton,
+        InferenceMetrics(registry),
+        clock,
+        patience,
+        DesiredFile(settings.inference_desired_file or settings.model_repository / "desired.json"),
+        Room(settings.inference_memory_share_max, settings.inference_loaded_builds_max),
+    )
     readiness.add("models", partial(any_ready, models))
     watcher = Watcher(
         models,
@@ -52,9 +65,10 @@ async def build(settings: Settings, stack: AsyncExitStack, readiness: Readiness)
     )
 
     app = create_app(NAME, ring=ring, registry=registry, readiness=readiness)
-    app.include_router(models_routes.router(models))
+    wait_max_s = settings.inference_ensure_wait_max_ms / 1000
+    app.include_router(models_routes.router(models, wait_max_s))
     grpc = create_server(ring, GrpcMetrics(registry, NAME))
-    inference_pb2_grpc.add_CatalogueServicer_to_server(CatalogueServicer(models), grpc)
+    inference_pb2_grpc.add_CatalogueServicer_to_server(CatalogueServicer(models, wait_max_s), grpc)
 
     return Service(
         http=[HttpServer(app, settings.inference_http_listen)],

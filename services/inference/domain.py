@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from services.inference.errors import CatalogueInvalid
 
-KINDS = ("chat",)
+KINDS = ("chat", "embedding", "rerank")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+KEYS_OF_BUILD = {"engine", "quantization", "context_tokens", "slots", "parameters", "residency"}
+RESIDENCIES = ("always", "on_demand")
 BUILDS_MAX = 200
 TEXT_CHARACTERS_MAX = 500
 
@@ -25,7 +27,8 @@ class Build:
     """One set of weights behind one engine. `name` is also its model name in Triton.
 
     `context_tokens` is what one request may use, prompt and completion together; `parameters` is the
-    number of weights, 0 when unknown.
+    number of weights, 0 when unknown. An `on_demand` build is loaded when somebody asks for it and unloaded when
+    nobody has for a while.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Build:
     context_tokens: int
     slots: int
     parameters: int
+    on_demand: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,16 @@ class BuildState(Enum):
     READY = "ready"
     LOADING = "loading"
     UNAVAILABLE = "unavailable"
+    UNLOADED = "unloaded"
+    """On purpose: an operator's, or nobody has asked for it."""
+
+
+class Wanted(Enum):
+    """What an operator says about a build."""
+
+    AUTO = "auto"
+    LOADED = "loaded"
+    UNLOADED = "unloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +140,7 @@ def _build(name: str, entry: Any, place: str) -> Build:
     _name(name, place)
     if not isinstance(entry, dict):
         raise CatalogueInvalid(f"{place} must be a table")
-    _no_other_keys(entry, {"engine", "quantization", "context_tokens", "slots", "parameters"}, place)
+    _no_other_keys(entry, KEYS_OF_BUILD, place)
     return Build(
         name=name,
         engine=_value(entry, "engine", str, place),
@@ -134,7 +148,15 @@ def _build(name: str, entry: Any, place: str) -> Build:
         context_tokens=_value(entry, "context_tokens", int, place, least=16),
         slots=_value(entry, "slots", int, place, least=1),
         parameters=_value(entry, "parameters", int, place) if "parameters" in entry else 0,
+        on_demand=_residency(entry, place) == "on_demand",
     )
+
+
+def _residency(entry: Mapping[str, Any], place: str) -> str:
+    value = entry.get("residency", RESIDENCIES[0])
+    if value not in RESIDENCIES:
+        raise CatalogueInvalid(f"{place}.residency is {value!r}; known: {', '.join(RESIDENCIES)}")
+    return str(value)
 
 
 def _name(name: str, place: str) -> None:

@@ -7,6 +7,7 @@ TritonError          something that Triton answered, or did not
 ├── BuildSilent          a loaded build did not answer in time: its process is dead, hung, or very busy
 │   └── BuildDead        Triton itself says that the build's process is gone
 └── BuildRefused         a loaded build answered with an error of its own: it is alive
+    └── Contradiction        its configuration is not what the catalogue says
 """
 
 from __future__ import annotations
@@ -42,3 +43,7 @@ class BuildRefused(TritonError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Contradiction(BuildRefused):
+    pass

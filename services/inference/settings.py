@@ -25,3 +25,11 @@ class Settings(ServiceSettings):
     inference_first_token_timeout_ms: int = Field(default=60_000, ge=1_000)
     inference_backoff_min_ms: int = Field(default=500, ge=10)
     inference_backoff_max_ms: int = Field(default=30_000, ge=10)
+    inference_probe_interval_ms: int = Field(default=30_000, ge=100)
+    inference_probe_timeout_ms: int = Field(default=15_000, ge=100)
+    inference_idle_unload_ms: int = Field(default=600_000, ge=100)
+    inference_memory_share_max: float = Field(default=0.85, gt=0, le=1)
+    inference_loaded_builds_max: int = Field(default=16, ge=1)
+    inference_ensure_wait_max_ms: int = Field(default=60_000, ge=0)
+    inference_desired_file: Path | None = None
+    """Where operators' words on builds are kept; beside the catalogue when not set."""

@@ -4,7 +4,10 @@ One coroutine a build, so that a slow load delays nobody; one that follows the c
 - Triton restarts with nothing loaded (explicit model control): the build is not ready there, so it is loaded.
 - A build's process dies: Triton goes on calling it ready and its streams hang. Only the canary notices. A load is a
   no-op until the files change, so the model file is touched first.
+- A build's engine hangs: its process says so itself and ends (services/inference/backend/dispatcher.py), or the probe,
+  which makes it generate, gets no answer.
 - A load fails (bad weights, no memory): the reason is shown, and it is tried again with back-off.
+- An operator wants a build unloaded, or nobody has used an on-demand build for long: then it is not there on purpose.
 """
 
 from __future__ import annotations
@@ -62,6 +65,10 @@ class Watcher:
             self._models.reread()
         except CatalogueInvalid as e:
             log.error("catalogue_invalid", reason=str(e))
+        try:
+            await self._models.relieve()
+        except (TritonError, OSError) as e:
+            log.warning("memory_not_relieved", reason=str(e))
         listed = self._models.snapshot().catalogue.builds
         for name, (build, task) in list(self._watched.items()):
             if task.done():
@@ -101,13 +108,13 @@ class Watcher:
             except TritonUnreachable as e:
                 silent = 0
                 self._models.mark(build.name, BuildState.UNAVAILABLE, str(e))
-                await asyncio.sleep(self._pace.poll_s)
+                await self._models.pause(build.name, self._pace.poll_s)
             except TritonError as e:
                 silent = 0
                 failures = await self._fail(build, str(e), failures)
             else:
                 silent = failures = 0
-                await asyncio.sleep(self._pace.poll_s)
+                await self._models.pause(build.name, self._pace.poll_s)
 
     async def _revive(self, build: Build, failures: int) -> int:
         try:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf import json_format, text_format
 from grpc import aio
+from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.aio import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+from services.inference.backend.request import CANARY_TENANT
 from services.inference.errors import (
     BuildDead,
     BuildRefused,
@@ -23,7 +27,6 @@ from services.inference.errors import (
 
 REASON_CHARACTERS_MAX = 300
 CANARY_PRIORITY = 0
-CANARY_TENANT = "tollgate:canary"
 
 
 class TritonServer:
@@ -39,23 +42,24 @@ class TritonServer:
     async def close(self) -> None:
         await self._client.close()
 
-    async def is_loaded(self, build: str) -> bool:
-        """Whether Triton calls the model ready; that stays true after its process died.
+    async def is_loaded(self, build: str, version: str | None = None) -> bool:
+        """Whether Triton calls the model (or that version of it) ready; that stays true after its process died.
 
         Raises TritonUnreachable.
         """
         try:
-            return bool(await self._client.is_model_ready(build, client_timeout=self._control_timeout_s))
+            return bool(await self._client.is_model_ready(build, version or "", client_timeout=self._control_timeout_s))
         except InferenceServerException as e:
             raise TritonUnreachable("Triton does not answer.") from e
 
-    async def load(self, build: str) -> None:
+    async def load(self, build: str, configuration: str | None = None) -> None:
         """Load, or reload when its files have changed; a no-op for a loaded build with unchanged files.
 
-        Raises LoadFailed with Triton's reason; TritonUnreachable.
+        `configuration` (JSON, see `pinned`) replaces config.pbtxt. Raises LoadFailed with Triton's reason;
+        TritonUnreachable.
         """
         try:
-            await self._client.load_model(build, client_timeout=self._load_timeout_s)
+            await self._client.load_model(build, config=configuration, client_timeout=self._load_timeout_s)
         except InferenceServerException as e:
             if e.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
                 raise TritonUnreachable(f"Triton does not answer to loading {build}.") from e
@@ -99,6 +103,27 @@ class TritonServer:
         if not answers:
             raise BuildSilent(f"{build} ended without an answer.")
         return answers
+
+
+def parameters_in(configuration: Path) -> dict[str, str]:
+    """The `parameters` of a config.pbtxt. Raises LoadFailed."""
+    return {name: value.string_value for name, value in _configuration(configuration).parameters.items()}
+
+
+def pinned(configuration: Path, version: str) -> str:
+    """A config.pbtxt as JSON that serves one version only. Raises LoadFailed."""
+    config = _configuration(configuration)
+    config.version_policy.specific.versions[:] = [int(version)]
+    return str(json_format.MessageToJson(config, preserving_proto_field_name=True))
+
+
+def _configuration(path: Path) -> Any:
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    except OSError as e:
+        raise LoadFailed(f"Loading failed: cannot read {path.name}: {e.strerror}.") from e
+    except (text_format.ParseError, UnicodeDecodeError) as e:
+        raise LoadFailed(f"Loading failed: {path.name}: {_one_line(str(e))}") from e
 
 
 async def _requests(build: str, body: Mapping[str, Any], timeout_s: float) -> AsyncIterator[dict[str, Any]]:

@@ -39,6 +39,16 @@ class CatalogueStub:
                 request_serializer=shared_dot_rpc_dot_inference__pb2.ListRequest.SerializeToString,
                 response_deserializer=shared_dot_rpc_dot_inference__pb2.ListReply.FromString,
                 _registered_method=True)
+        self.Ensure = channel.unary_unary(
+                '/tollgate.inference.v1.Catalogue/Ensure',
+                request_serializer=shared_dot_rpc_dot_inference__pb2.EnsureRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_inference__pb2.Build.FromString,
+                _registered_method=True)
+        self.Control = channel.unary_unary(
+                '/tollgate.inference.v1.Catalogue/Control',
+                request_serializer=shared_dot_rpc_dot_inference__pb2.ControlRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_inference__pb2.Build.FromString,
+                _registered_method=True)
 
 
 class CatalogueServicer:
@@ -51,6 +61,20 @@ class CatalogueServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ensure(self, request, context):
+        """Wait until a build is ready, for at most wait_ms; an on-demand build is loaded. The reply says what it is then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Control(self, request, context):
+        """What an operator wants of a build. The reply is what it is now, which may not yet be what was asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogueServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +82,16 @@ def add_CatalogueServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=shared_dot_rpc_dot_inference__pb2.ListRequest.FromString,
                     response_serializer=shared_dot_rpc_dot_inference__pb2.ListReply.SerializeToString,
+            ),
+            'Ensure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ensure,
+                    request_deserializer=shared_dot_rpc_dot_inference__pb2.EnsureRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_inference__pb2.Build.SerializeToString,
+            ),
+            'Control': grpc.unary_unary_rpc_method_handler(
+                    servicer.Control,
+                    request_deserializer=shared_dot_rpc_dot_inference__pb2.ControlRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_inference__pb2.Build.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +121,60 @@ class Catalogue:
             '/tollgate.inference.v1.Catalogue/List',
             shared_dot_rpc_dot_inference__pb2.ListRequest.SerializeToString,
             shared_dot_rpc_dot_inference__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ensure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tollgate.inference.v1.Catalogue/Ensure',
+            shared_dot_rpc_dot_inference__pb2.EnsureRequest.SerializeToString,
+            shared_dot_rpc_dot_inference__pb2.Build.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Control(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tollgate.inference.v1.Catalogue/Control',
+            shared_dot_rpc_dot_inference__pb2.ControlRequest.SerializeToString,
+            shared_dot_rpc_dot_inference__pb2.Build.FromString,
             options,
             channel_credentials,
             insecure,

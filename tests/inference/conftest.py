@@ -27,7 +27,9 @@ from deploy.local import processes
 from deploy.local.errors import NotReady
 from deploy.local.state import Layout, load_ports
 from deploy.local.triton import Triton, reap
+from deploy.local.triton_guard import Stub, live_stubs
 from tests.inference.client import BackendClient
+from tests.inference.running import CATALOGUE, RunningService, running_service
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "triton_models"
@@ -155,11 +157,17 @@ class RunningTriton:
     def stub(self, build: str) -> int:
         """The process id of a build's live stub."""
         assert self.process is not None
-        model = f"/{build}/1/model.py"
-        for pid in processes.of_stack(self.server.layout.stack_id):
-            if any(part.endswith(model) for part in Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
-                return pid
-        raise AssertionError(f"{build} has no process")
+        return self._youngest(build).pid
+
+    def version(self, build: str) -> str:
+        """Which version of a build its live stub serves."""
+        return Path(self._youngest(build).model).parent.name
+
+    def _youngest(self, build: str) -> Stub:
+        """While an old one finishes its streams there are two."""
+        stubs = [s for s in live_stubs(self.server.layout.stack_id) if Path(s.model).parts[-3] == build]
+        assert stubs, f"{build} has no process"
+        return max(stubs, key=lambda stub: stub.started)
 
     def kill_stub(self, build: str) -> None:
         os.kill(self.stub(build), signal.SIGKILL)
@@ -210,3 +218,19 @@ async def backend(backend_client: BackendClient) -> BackendClient:
         await asyncio.gather(*(backend_client.load(name) for name in BUILDS if name not in ON_DEMAND))
         backend_client.sent.clear()
     return backend_client
+
+
+@pytest.fixture
+async def service(
+    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[RunningService]:
+    (repository / "catalogue.toml").write_text(CATALOGUE)
+    async with running_service(triton.grpc_address, repository, monkeypatch) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(triton: RunningTriton) -> AsyncIterator[BackendClient]:
+    client = BackendClient(triton.grpc_address)
+    yield client
+    await client.close()

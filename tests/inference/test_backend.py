@@ -328,7 +328,7 @@ async def test_unloading_lets_a_stream_finish_and_loading_brings_the_build_back(
 async def test_a_probe_is_answered_with_and_without_a_free_slot(backend: BackendClient, triton: RunningTriton) -> None:
     before = await idle(backend, triton, "narrow")
     (free,) = await backend.send("narrow", {**chat("ping", tokens=1), "op": "probe"}).all()
-    assert set(free) == {"context_tokens", "slots", "slots_busy", "queue_depth", "silence_ms"}
+    assert set(free) == {"context_tokens", "slots", "slots_busy", "queue_depth", "silence_ms", "idle_ms"}
     assert (free["context_tokens"], free["slots"], free["silence_ms"]) == (1024, 1, 0)
     running = await busy(backend, streams=2)
     (taken,) = await backend.send("narrow", {**chat("ping", tokens=1), "op": "probe"}).all()

@@ -1,143 +1,30 @@
 """The inference service over a real tritonserver: builds are loaded, watched, and come back."""
 
 import asyncio
-import secrets
 import shutil
 import time
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
-import httpx
 import pytest
 from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from services.inference.app import build
+from services.inference.canary import Patience
 from services.inference.errors import CatalogueInvalid
-from services.inference.service import Models, Patience
+from services.inference.repository import DesiredFile
+from services.inference.service import Models
 from services.inference.settings import Settings
 from services.inference.triton import TritonServer
 from shared.clock import SystemClock
-from shared.grpc import Caller
-from shared.identity import HEADER, Identity, IdentityRing
 from shared.rpc import inference_pb2, inference_pb2_grpc
-from shared.runtime import Service
 from shared.telemetry import InferenceMetrics
 from shared.web import Readiness
 from tests.inference.client import BackendClient, chat
 from tests.inference.conftest import RunningTriton, add_build
-
-WAIT_S = 60.0
-KEYS = f"test:{b64encode(secrets.token_bytes(32)).decode()}"
-READY = inference_pb2.BUILD_STATE_READY
-UNAVAILABLE = inference_pb2.BUILD_STATE_UNAVAILABLE
-
-CATALOGUE = """
-[models.frail]
-kind = "chat"
-description = "For breaking"
-created = 1763596800
-stable = "frail"
-[models.frail.builds.frail]
-engine = "llama.cpp"
-quantization = "Q8_0"
-context_tokens = 1024
-slots = 2
-"""
-MORE = """
-[models.frail.builds.{name}]
-engine = "llama.cpp"
-quantization = "Q8_0"
-context_tokens = {context_tokens}
-slots = 2
-"""
-
-
-class RunningService:
-    """The service's own build, with what a neighbour would use to talk to it."""
-
-    def __init__(self, service: Service, readiness: Readiness, ring: IdentityRing, repository: Path) -> None:
-        self.readiness = readiness
-        self.ring = ring
-        self.catalogue = repository / "catalogue.toml"
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(service.http[0].app), base_url="http://inference")
-        assert service.grpc is not None
-        self.port = service.grpc.add_insecure_port("127.0.0.1:0")
-        self._caller = Caller(f"127.0.0.1:{self.port}", ring, service="chat")
-        self._stub = inference_pb2_grpc.CatalogueStub(self._caller.channel)
-        self.seen: list[tuple[str, int]] = []
-
-    async def close(self) -> None:
-        await self._caller.close()
-        await self.http.aclose()
-
-    async def list(self) -> inference_pb2.ListReply:
-        reply = await self._caller.call(self._stub.List, inference_pb2.ListRequest())
-        assert isinstance(reply, inference_pb2.ListReply)
-        return reply
-
-    async def builds(self) -> dict[str, inference_pb2.Build]:
-        return {b.name: b for model in (await self.list()).models for b in model.builds}
-
-    async def until(self, name: str, condition: Callable[[inference_pb2.Build], bool]) -> inference_pb2.Build:
-        """Wait for a build to be as it should; remembers the states on the way."""
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            found = (await self.builds()).get(name)
-            if found is not None:
-                if not self.seen or self.seen[-1] != (name, found.state):
-                    self.seen.append((name, found.state))
-                if condition(found):
-                    return found
-            assert time.monotonic() < deadline, f"{name} is {found}"
-            await asyncio.sleep(0.01)
-
-    async def ready(self, name: str = "frail") -> inference_pb2.Build:
-        return await self.until(name, lambda b: b.state == READY)
-
-    async def unavailable(self, name: str = "frail", reason: str = "") -> inference_pb2.Build:
-        return await self.until(name, lambda b: b.state == UNAVAILABLE and reason in b.reason)
-
-
-@pytest.fixture
-async def service(
-    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[RunningService]:
-    (repository / "catalogue.toml").write_text(CATALOGUE)
-    for name, value in {
-        "IDENTITY_KEYS": KEYS,
-        "INFERENCE_HTTP_LISTEN": "127.0.0.1:0",
-        "INFERENCE_GRPC_LISTEN": "127.0.0.1:0",
-        "TRITON_GRPC": triton.grpc_address,
-        "MODEL_REPOSITORY": str(repository),
-        "INFERENCE_POLL_INTERVAL_MS": "100",
-        "INFERENCE_BACKOFF_MIN_MS": "50",
-        "INFERENCE_BACKOFF_MAX_MS": "500",
-    }.items():
-        monkeypatch.setenv(f"TOLLGATE_{name}", value)
-    async with AsyncExitStack() as stack:
-        readiness = Readiness()
-        built = await build(Settings(), stack, readiness)
-        running = RunningService(built, readiness, IdentityRing(KEYS, SystemClock()), repository)
-        stack.push_async_callback(running.close)
-        assert built.grpc is not None
-        await built.grpc.start()
-        stack.push_async_callback(built.grpc.stop, None)
-        tasks = [asyncio.create_task(make()) for make in built.tasks.values()]
-        yield running
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@pytest.fixture
-async def client(triton: RunningTriton) -> AsyncIterator[BackendClient]:
-    client = BackendClient(triton.grpc_address)
-    yield client
-    await client.close()
+from tests.inference.running import CATALOGUE, MORE, READY, WAIT_S, RunningService
 
 
 async def test_the_catalogue_s_builds_are_loaded_and_listed(
@@ -242,7 +129,8 @@ async def test_a_broken_catalogue_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "catalogue.toml").write_text(CATALOGUE)
     triton = TritonServer("127.0.0.1:1", control_timeout_s=1, load_timeout_s=1)
     metrics = InferenceMetrics(CollectorRegistry())
-    models = Models(tmp_path, triton, metrics, SystemClock(), Patience(canary_s=1, first_token_s=1, reload_quiet_s=1))
+    patience = Patience(canary_s=1, first_token_s=1, reload_quiet_s=1)
+    models = Models(tmp_path, triton, metrics, SystemClock(), patience, DesiredFile(tmp_path / "desired.json"))
     before = models.snapshot()
     (tmp_path / "catalogue.toml").write_text("not a catalogue")
     with pytest.raises(CatalogueInvalid, match="not valid TOML"):
@@ -286,22 +174,18 @@ async def test_a_catalogue_that_contradicts_the_configuration_makes_the_build_un
     shutil.rmtree(repository / "liar")
 
 
-def _identity(service: RunningService, **claims: object) -> dict[str, str]:
-    return {HEADER: service.ring.sign(Identity(**claims))}  # type: ignore[arg-type]
-
-
 async def test_the_operator_s_list_is_for_administrators_and_operators(service: RunningService) -> None:
     await service.ready()
     path = "/api/v1/admin/inference/models"
     assert (await service.http.get(path)).status_code == 401
-    user = _identity(service, kind="user", user_id="u", org_id="o", roles=("user",))
+    user = service.headers(kind="user", user_id="u", org_id="o", roles=("user",))
     refused = await service.http.get(path, headers=user)
     assert refused.status_code == 403
     assert refused.json()["code"] == "insufficient_role"
-    key = _identity(service, kind="key", user_id="u", org_id="o", roles=("admin",), scopes=("chat",))
+    key = service.headers(kind="key", user_id="u", org_id="o", roles=("admin",), scopes=("chat",))
     assert (await service.http.get(path, headers=key)).status_code == 403
     for role in ("admin", "operator"):
-        headers = _identity(service, kind="user", user_id="u", org_id="o", roles=(role,))
+        headers = service.headers(kind="user", user_id="u", org_id="o", roles=(role,))
         answer = await service.http.get(path, headers=headers)
         assert answer.status_code == 200
     (model,) = answer.json()["models"]

@@ -10,7 +10,8 @@ Facts for whoever starts tritonserver
 - Everything else is a `parameters` entry of config.pbtxt: see `config.py` here for names and units.
 
 The contract
-- Input REQUEST BYTES[1]: an OpenAI chat body as JSON, plus `op`: absent or "chat", "count", or "probe".
+- Input REQUEST BYTES[1]: an OpenAI chat body as JSON, plus `op`: absent or "chat", "count",
+  "probe", or "status".
 - Request parameters `tg_priority` (int, smaller first, default 2), `tg_tenant` (string). The request's
   `timeout` (microseconds) is its deadline, queueing and generating together.
 - Output RESPONSE BYTES[1] each: one `chat.completion.chunk`. Its last member is always the cumulative
@@ -19,8 +20,8 @@ The contract
   `finish_reason` the final usage; there is no usage chunk with empty choices, whatever `stream_options` says.
   Tokens that pile up while the server is busy arrive as one chunk: count tokens by `usage`, never by chunks.
 - `op: count`: one response `{"prompt_tokens": n, "context_tokens": m}`, m per request.
-- `op: probe`: one response `{"context_tokens","slots","slots_busy","queue_depth","silence_ms"}`: at once while the engine
-  works, otherwise when it has generated for the body.
+- `op: status`: one response `{"context_tokens","slots","slots_busy","queue_depth","silence_ms","idle_ms"}`.
+- `op: probe`: the same, at once while the engine works, otherwise when it has generated for the body.
 - Errors: a TritonError whose message is `{"code", "message"}`; codes in `errors.py`.
 - The stream ends with an empty final response (`triton_final_response`).
 

@@ -5,8 +5,11 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from services.inference.backend.errors import BackendError
 
-Op = Literal["chat", "count", "probe"]
+Op = Literal["chat", "count", "probe", "status"]
 OPS: tuple[Op, ...] = get_args(Op)
+
+CANARY_TENANT = "tollgate:canary"
+"""Whose requests are no use of the build."""
 
 
 class ParsedRequest(NamedTuple):

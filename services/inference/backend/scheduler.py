@@ -1,7 +1,7 @@
 """Intake, queue and workers: everything between `execute` and the dispatcher, free of Triton.
 
-A job ends exactly once, by one event: Reply (op count, op probe), or End after any number of Piece. Whoever has the
-job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
+A job ends exactly once, by one event: Reply (op count, probe, status), or End after any number of Piece. Whoever has
+the job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
 worker otherwise.
 
 Intake runs in the caller's thread and never blocks; only what has to be counted goes through the counting
@@ -76,6 +76,7 @@ class Scheduler:
         self.busy_slots = 0
         self._busy_lock = threading.Lock()
         self._heard_at = 0.0
+        self._used_at = clock()
 
     @property
     def silence_s(self) -> float:
@@ -130,9 +131,11 @@ class Scheduler:
         size = len(job.body)
         job.op, job.request = request.parse(job.body, self._config.request_bytes_max)
         job.body = b""
-        if job.op == "probe" and self.busy_slots:
+        if job.op == "status" or (job.op == "probe" and self.busy_slots):
             self._post(Reply(job, self._status()))
             return
+        if job.tenant != request.CANARY_TENANT:
+            self._used_at = self._clock()
         # A token takes a byte at least, and half the context is room for any template: short prompts fit.
         if job.op != "count" and size <= self._engine.context_tokens // 2:
             self._enqueue(job)
@@ -179,19 +182,23 @@ class Scheduler:
             with self._busy_lock:
                 self.busy_slots -= 1
             self._queue.done(job.tenant)
+            if job.tenant != request.CANARY_TENANT:
+                self._used_at = self._clock()
             if job.op == "probe" and error is None:
                 self._post(Reply(job, self._status()))
             else:
                 self._post(End(job, error))
 
     def _status(self) -> bytes:
-        """The answer to a probe."""
-        return b'{"context_tokens":%d,"slots":%d,"slots_busy":%d,"queue_depth":%d,"silence_ms":%d}' % (
+        """`idle_ms`: since the build last did something for anybody but its canary."""
+        idle_s = 0.0 if self.busy_slots or self.queue_depth else self._clock() - self._used_at
+        return (b'{"context_tokens":%d,"slots":%d,"slots_busy":%d,"queue_depth":%d,"silence_ms":%d,"idle_ms":%d}') % (
             self._engine.context_tokens,
             self._engine.slots,
             self.busy_slots,
             self.queue_depth,
             int(self.silence_s * 1000),
+            int(idle_s * 1000),
         )
 
     def _generate(self, job: Job) -> BackendError | None:

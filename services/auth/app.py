@@ -13,19 +13,20 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from services.auth import tasks
 from services.auth.clients import ChangeChannel, UsageStream
 from services.auth.errors import SigningKeyUnreadable
-from services.auth.routes import admin, jwks, keys, organizations, sessions, users
+from services.auth.routes import admin, jwks, keys, organizations, service_accounts, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
 from services.auth.service.attempts import AttemptLimits, Attempts
 from services.auth.service.bootstrap import Bootstrap
+from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
-from services.auth.service.last_use import LastUse
 from services.auth.service.organizations import OrganizationLimits, Organizations
 from services.auth.service.outbox import Outbox, OutboxLimits
 from services.auth.service.passwords import Passwords
 from services.auth.service.revocations import Revocations
+from services.auth.service.service_accounts import ServiceAccounts
 from services.auth.service.sessions import SessionLimits, Sessions
 from services.auth.service.signing import RotationLimits, SigningKeys
 from services.auth.service.tokens import Tokens
@@ -55,7 +56,8 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
         http=[HttpServer(create_app(settings, services, readiness, clock, registry), settings.auth_http_listen)],
         tasks={
             "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
-            "last_use": partial(tasks.note_last_use, services.last_use, settings.auth_last_use_interval_ms),
+            "key_usage": partial(tasks.note_key_usage, services.key_usage, settings.auth_key_usage_interval_ms),
+            "prune_key_usage": partial(tasks.prune, services.key_usage.prune, settings.auth_prune_interval_s),
             "signing_keys": partial(
                 tasks.keep_signing_keys, services.signing_keys, settings.auth_signing_key_refresh_interval_s
             ),
@@ -73,7 +75,7 @@ def create_app(
     ring = IdentityRing(settings.identity_keys.get_secret_value(), clock)
     app = web.create_app("auth", ring=ring, registry=registry, readiness=readiness, description=DESCRIPTION)
     app.state.services = services
-    for module in (users, sessions, organizations, keys, admin, jwks):
+    for module in (users, sessions, organizations, service_accounts, keys, admin, jwks):
         app.include_router(module.router)
     return app
 
@@ -112,20 +114,8 @@ async def compose(
     attempts = _attempts(settings, sessions_of, clock)
     accounts = Accounts(sessions_of, passwords, attempts, outbox, clock)
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
-    keys_of = Keys(
-        sessions_of,
-        peppers,
-        outbox,
-        clock,
-        metrics,
-        per_org_max=settings.auth_keys_per_org_max,
-    )
-    limits = SessionLimits(
-        refresh_ttl_s=settings.auth_refresh_token_ttl_s,
-        session_ttl_s=settings.auth_session_ttl_s,
-        per_user_max=settings.auth_sessions_per_user_max,
-        prune_batch_max=settings.auth_prune_batch_max,
-    )
+    keys_of = Keys(sessions_of, peppers, outbox, clock, metrics, per_org_max=settings.auth_keys_per_org_max)
+    limits = _session_limits(settings)
     return Services(
         clock=clock,
         access=Access(sessions_of, clock),
@@ -140,7 +130,25 @@ async def compose(
         admin=Admin(sessions_of, keys_of, outbox, clock),
         bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),
         outbox=outbox,
-        last_use=LastUse(sessions_of, UsageStream(redis), settings.auth_last_use_batch_max),
+        service_accounts=ServiceAccounts(
+            sessions_of, outbox, clock, per_org_max=settings.auth_service_accounts_per_org_max
+        ),
+        key_usage=KeyUsage(
+            sessions_of,
+            UsageStream(redis),
+            clock,
+            batch_max=settings.auth_key_usage_batch_max,
+            keep_days=settings.auth_key_usage_days,
+        ),
+    )
+
+
+def _session_limits(settings: AuthSettings) -> SessionLimits:
+    return SessionLimits(
+        refresh_ttl_s=settings.auth_refresh_token_ttl_s,
+        session_ttl_s=settings.auth_session_ttl_s,
+        per_user_max=settings.auth_sessions_per_user_max,
+        prune_batch_max=settings.auth_prune_batch_max,
     )
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from typing import Any
 from uuid import UUID
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from services.auth.domain import Event, KeyEvent
+from services.auth.domain import DailyUse, Event, KeyEvent
 from services.auth.errors import RedisDown
 from shared import access_tokens, apikeys
 
@@ -57,9 +58,18 @@ class ChangeChannel:
         return str(found.get("run_id", ""))
 
 
+@dataclass(frozen=True, slots=True)
+class UsageBatch:
+    """What a batch of events says: how many they were, and per key its last use and its use by day (UTC)."""
+
+    events: int
+    last_uses: dict[UUID, datetime]
+    daily_uses: dict[UUID, list[DailyUse]]
+
+
 class UsageStream:
     """The gateways' stream of usage events, shared out among auth's replicas. A batch that is lost with its reader
-    stays lost: all that is made of it is the last use of keys, and the next use mends that.
+    stays lost: nobody is billed by it.
     """
 
     GROUP = "auth"
@@ -67,8 +77,8 @@ class UsageStream:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def read(self, batch_max: int) -> tuple[int, dict[UUID, datetime]]:
-        """How many events came (at most `batch_max`), and when each key among them was last used. Raises RedisDown."""
+    async def read(self, batch_max: int) -> UsageBatch:
+        """The next events, at most `batch_max`. Raises RedisDown."""
         try:
             reply: Any = await self._redis.xreadgroup(
                 self.GROUP, self.GROUP, {apikeys.USAGE_STREAM: ">"}, count=batch_max, noack=True
@@ -76,16 +86,13 @@ class UsageStream:
         except ResponseError as e:
             if not str(e).startswith("NOGROUP"):
                 raise RedisDown(detail=type(e).__name__) from e
-            return await self._join()
+            await self._join()
+            return UsageBatch(0, {}, {})
         except (RedisError, OSError, TimeoutError) as e:
             raise RedisDown(detail=type(e).__name__) from e
-        entries = [fields for _, batch in reply for _, fields in batch]
-        uses: dict[UUID, datetime] = {}
-        for key_id, at in filter(None, map(_use, entries)):
-            uses[key_id] = max(at, uses.get(key_id, at))
-        return len(entries), uses
+        return _batch([fields for _, batch in reply for _, fields in batch])
 
-    async def _join(self) -> tuple[int, dict[UUID, datetime]]:
+    async def _join(self) -> None:
         """Make stream and group, where they never were or Redis was emptied."""
         try:
             await self._redis.xgroup_create(apikeys.USAGE_STREAM, self.GROUP, id="0", mkstream=True)
@@ -94,7 +101,6 @@ class UsageStream:
                 raise RedisDown(detail=type(e).__name__) from e
         except (RedisError, OSError, TimeoutError) as e:
             raise RedisDown(detail=type(e).__name__) from e
-        return 0, {}
 
 
 def _version_name(event: Event) -> str:
@@ -103,11 +109,26 @@ def _version_name(event: Event) -> str:
     return access_tokens.version_name(str(event.org_id), str(event.session_id))
 
 
-def _use(fields: dict[bytes, bytes]) -> tuple[UUID, datetime] | None:
-    """The key and the time of an event; None for one without a key, or of a form that is not ours."""
+def _batch(entries: list[dict[bytes, bytes]]) -> UsageBatch:
+    last: dict[UUID, datetime] = {}
+    sums: dict[tuple[UUID, date], list[int]] = {}
+    for key_id, at, status, bytes_in, bytes_out in filter(None, map(_use, entries)):
+        last[key_id] = max(at, last.get(key_id, at))
+        total = sums.setdefault((key_id, at.astimezone(UTC).date()), [0, 0, 0, 0, 0])
+        counted = (1, 400 <= status < 500, status >= 500, bytes_in, bytes_out)
+        total[:] = map(sum, zip(total, counted, strict=True))
+    daily: dict[UUID, list[DailyUse]] = {}
+    for (key_id, day), total in sums.items():
+        daily.setdefault(key_id, []).append(DailyUse(day, *total))
+    return UsageBatch(len(entries), last, daily)
+
+
+def _use(fields: dict[bytes, bytes]) -> tuple[UUID, datetime, int, int, int] | None:
+    """Key, time, status and bytes of an event; None for one without a key, or of a form that is not ours."""
     try:
         event = json.loads(fields[b"event"])
         at = datetime.fromisoformat(event["at"])
-        return (UUID(event["key_id"]), at) if at.tzinfo else None
-    except (KeyError, TypeError, ValueError, AttributeError):
+        figures = (int(event["status"]), int(event.get("bytes_in", 0)), int(event.get("bytes_out", 0)))
+        return (UUID(event["key_id"]), at, *figures) if at.tzinfo else None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None

@@ -89,6 +89,16 @@ class MemberNotFound(NotFound):
     default_message = "This organisation has no such member."
 
 
+class ServiceAccountNotFound(NotFound):
+    default_code = "service_account_not_found"
+    default_message = "This organisation has no such service account."
+
+
+class TooManyServiceAccounts(Conflict):
+    default_code = "too_many_service_accounts"
+    default_message = "This organisation has as many service accounts as it may have. Remove some first."
+
+
 class InvitationNotFound(NotFound):
     default_code = "invitation_not_found"
     default_message = "This organisation has no such invitation."

@@ -36,6 +36,7 @@ class AuthSettings(ServiceSettings):
     auth_self_service_orgs: bool = False
     auth_orgs_per_user_max: int = Field(default=20, ge=1)
     auth_members_per_org_max: int = Field(default=500, ge=1)
+    auth_service_accounts_per_org_max: int = Field(default=100, ge=1)
     auth_invitations_per_org_max: int = Field(default=100, ge=1)
     auth_invitation_ttl_s: int = Field(default=7 * 86_400, ge=60)
 
@@ -60,8 +61,9 @@ class AuthSettings(ServiceSettings):
     auth_outbox_batch_max: int = Field(default=500, ge=1)
     auth_outbox_repeat_s: int = Field(default=30, ge=0)  # after a failover of Redis
     auth_outbox_prune_interval_s: int = Field(default=300, ge=1)
-    auth_last_use_interval_ms: int = Field(default=5_000, ge=1)
-    auth_last_use_batch_max: int = Field(default=1_000, ge=1)
+    auth_key_usage_interval_ms: int = Field(default=5_000, ge=1)
+    auth_key_usage_batch_max: int = Field(default=1_000, ge=1)
+    auth_key_usage_days: int = Field(default=400, ge=1)
     auth_prune_interval_s: int = Field(default=3_600, ge=1)
     auth_prune_batch_max: int = Field(default=10_000, ge=1)
 

@@ -5,7 +5,7 @@ Every table that belongs to a tenant has `org_id`; repository.py filters by it i
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 from uuid import UUID
@@ -86,20 +86,29 @@ class PlanRow(Base):
 
 
 class UserRow(Base):
+    """Who may own keys: a person, who signs in, or a service account, which never does."""
+
     __tablename__ = "user_account"
     __table_args__ = (
         CheckConstraint("status IN ('active', 'disabled')", name="status"),
+        CheckConstraint(
+            "(kind = 'person' AND email IS NOT NULL)"
+            " OR (kind = 'service' AND email IS NULL AND display_name IS NOT NULL)",
+            name="kind",
+        ),
         Index("uq_user_account_username_lower", func.lower(text("username")), unique=True),
         Index("uq_user_account_email_lower", func.lower(text("email")), unique=True),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     username: Mapped[str]
-    email: Mapped[str]
+    email: Mapped[str | None]
     password_hash: Mapped[str]
     status: Mapped[str] = mapped_column(server_default="active")
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     updated_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    kind: Mapped[str] = mapped_column(server_default="person")
+    display_name: Mapped[str | None]
 
 
 class UserRoleRow(Base):
@@ -235,6 +244,22 @@ class ApiKeyRow(Base):
     created_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+    allowed_addresses: Mapped[list[str] | None]
+
+
+class KeyUsageRow(Base):
+    """What a key was used for on a day (UTC), as far as the gateways' events came through."""
+
+    __tablename__ = "key_usage"
+    __table_args__ = (Index(None, "day"),)
+
+    key_id: Mapped[UUID] = mapped_column(ForeignKey("api_key.id"), primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    client_errors: Mapped[int] = mapped_column(BigInteger)
+    server_errors: Mapped[int] = mapped_column(BigInteger)
+    bytes_in: Mapped[int] = mapped_column(BigInteger)
+    bytes_out: Mapped[int] = mapped_column(BigInteger)
 
 
 class KeyOutboxRow(Base):
@@ -323,6 +348,7 @@ SERVICE_GRANTS = {
     "refresh_token": "SELECT, INSERT, UPDATE, DELETE",
     "sign_in_attempt": "SELECT, INSERT, UPDATE, DELETE",
     "api_key": "SELECT, INSERT, UPDATE",
+    "key_usage": "SELECT, INSERT, UPDATE, DELETE",
     "key_outbox": "SELECT, INSERT, UPDATE, DELETE",
     "session_outbox": "SELECT, INSERT, UPDATE, DELETE",
     "signing_key": "SELECT, INSERT, UPDATE",

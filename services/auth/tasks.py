@@ -1,4 +1,4 @@
-"""What runs beside the requests: delivery of key changes that Redis missed, the last use of keys, the signing keys,
+"""What runs beside the requests: delivery of key changes that Redis missed, the use of keys, the signing keys,
 and removal of what is over.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.auth.errors import RedisDown, SigningKeyUnreadable
-from services.auth.service.last_use import LastUse
+from services.auth.service.key_usage import KeyUsage
 from services.auth.service.outbox import Outbox
 from services.auth.service.signing import SigningKeys
 from shared.telemetry import get_logger
@@ -23,9 +23,9 @@ async def deliver_outbox(outbox: Outbox, interval_ms: int) -> None:
     await _over_redis("outbox", outbox.deliver_pending, interval_ms)
 
 
-async def note_last_use(last_use: LastUse, interval_ms: int) -> None:
+async def note_key_usage(key_usage: KeyUsage, interval_ms: int) -> None:
     """Take what gateways noted, then look again every `interval_ms`."""
-    await _over_redis("last_use", last_use.note_batch, interval_ms)
+    await _over_redis("key_usage", key_usage.note_batch, interval_ms)
 
 
 async def keep_signing_keys(keys: SigningKeys, interval_s: float) -> None:

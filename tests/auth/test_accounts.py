@@ -7,7 +7,7 @@ from typing import Any
 import argon2
 import pytest
 
-from services.auth.domain import COMMON_PASSWORDS
+from services.auth.domain.fields import COMMON_PASSWORDS
 from services.auth.service.passwords import Passwords
 from shared.identity import Identity
 from tests.auth.harness import ADDRESS, PASSWORD, Auth

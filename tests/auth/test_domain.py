@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.auth.domain import LIMIT_MAX, LIMIT_NAMES, SCOPES, check_scopes, covers, merge_limits, valid_email
+from services.auth.domain import (
+    LIMIT_MAX,
+    LIMIT_NAMES,
+    SCOPES,
+    check_scopes,
+    covers,
+    merge_limits,
+)
+from services.auth.domain.fields import valid_email
 from services.auth.errors import LimitAbovePlan, ScopeNotHeld
 
 PLAN = {"minute": 60, "hour": 1000, "day": 10000, "concurrency": 16, "tokens_per_minute": 5000}

@@ -47,6 +47,7 @@ async def test_the_view_has_the_contracts_columns_with_effective_limits(auth: Au
         "version": 1,
         "status": "active",
         "expires_at": expires_at,
+        "allowed_addresses": None,
     }
 
 
@@ -54,6 +55,33 @@ async def test_all_models_is_null_and_no_model_is_an_empty_list(auth: Auth) -> N
     user = await auth.user()
     assert (await row(auth, await auth.key(user)))["models"] is None
     assert (await row(auth, await auth.key(user, models=[])))["models"] == []
+
+
+async def test_allowed_addresses_are_networks_in_their_normal_form(auth: Auth) -> None:
+    user = await auth.user()
+    key = await auth.key(user, allowed_addresses=["192.0.2.77/24", "2001:db8::1", "192.0.2.0/24"])
+    assert (await row(auth, key))["allowed_addresses"] == ["192.0.2.0/24", "2001:db8::1/128"]
+    path = f"/api/v1/keys/{key['id']}"
+    for given, expected in ((["10.0.0.0/8"], ["10.0.0.0/8"]), (None, None)):
+        changed = await auth.call("PATCH", path, token=user.access_token, json={"allowed_addresses": given})
+        assert changed.json()["allowed_addresses"] == expected
+        assert (await row(auth, key))["allowed_addresses"] == expected
+    assert (await row(auth, key))["version"] == 3
+    for bad in ([], ["nowhere"], ["10.0.0.0/33"], ["x" * 65], "10.0.0.0/8", ["::/0"] * 51):
+        refused = await auth.call("PATCH", path, token=user.access_token, json={"allowed_addresses": bad})
+        assert (refused.status_code, refused.json()["code"]) == (400, "invalid_request"), bad
+
+
+async def test_a_rotated_key_keeps_its_terms(auth: Auth) -> None:
+    user = await auth.user()
+    terms = {"scopes": ["models"], "models": ["chat-mini"], "limits": {"minute": 7}, "allowed_addresses": ["::1/128"]}
+    old = await auth.key(user, **terms)
+    rotated = await auth.call("POST", f"/api/v1/keys/{old['id']}/rotate", token=user.access_token)
+    before, after = await row(auth, old), await row(auth, rotated.json())
+    same = {"limit_id", "org_id", "user_id", "plan", "roles", "scopes", "models", "limits", "allowed_addresses"}
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert before["expires_at"] == auth.clock.now() + timedelta(days=1)
+    assert after["expires_at"] is None
 
 
 async def test_every_change_that_matters_grows_the_version(auth: Auth) -> None:

@@ -11,6 +11,7 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("patch", "/api/v1/keys/{key_id}"): {"name": "mine now"},
     ("post", "/api/v1/admin/auth/keys/{key_id}/limits"): {"limits": {"minute": 1000}},
     ("patch", "/api/v1/organizations/{org_id}"): {"name": "mine now"},
+    ("post", "/api/v1/organizations/{org_id}/service-accounts"): {"name": "mine now"},
     ("post", "/api/v1/organizations/{org_id}/invitations"): {"role": "owner"},
     ("patch", "/api/v1/organizations/{org_id}/members/{user_id}"): {"role": "member"},
     ("post", "/api/v1/admin/auth/users/{user_id}/status"): {"status": "disabled"},
@@ -28,12 +29,15 @@ async def test_every_route_with_an_id_refuses_another_organisations_object(auth:
     key = await auth.key(owner)
     path = f"/api/v1/organizations/{owner.org_id}/invitations"
     invitation = await auth.call("POST", path, token=owner.access_token, json={})
+    path = f"/api/v1/organizations/{owner.org_id}/service-accounts"
+    service_account = await auth.call("POST", path, token=owner.access_token, json={"name": "batch"})
     ids = {
         "key_id": key["id"],
         "session_id": (await auth.identity_of_token(owner.access_token)).session_id,
         "user_id": owner.id,
         "org_id": owner.org_id,
         "invitation_id": invitation.json()["id"],
+        "service_account_id": service_account.json()["id"],
     }
     tried = 0
     for path, operations in document(auth)["paths"].items():
@@ -55,7 +59,7 @@ async def test_every_route_with_an_id_refuses_another_organisations_object(auth:
             for body in (answer.json(), missing.json()):
                 body.pop("request_id")
             assert expected == 403 or answer.json() | {"request_id": 0} == missing.json() | {"request_id": 0}
-    assert tried >= 17
+    assert tried >= 21
     row = await auth.key_row(key["key"])
     assert row is not None
     assert (row["status"], row["version"]) == ("active", 1)

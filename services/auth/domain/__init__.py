@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
 from typing import Generic, Literal, TypeVar
 from uuid import UUID
 
-from email_validator import EmailNotValidError, validate_email
-
 from services.auth.domain.organizations import OrgRole
-from services.auth.errors import LimitAbovePlan, ModelNotHeld, ScopeNotHeld, WeakPassword
+from services.auth.errors import LimitAbovePlan, ModelNotHeld, ScopeNotHeld
 from shared.errors import InvalidRequest
 from shared.identity import Identity
 
@@ -26,24 +22,8 @@ DEFAULT_PLAN = "default"
 BASE_ROLE = "user"
 OPERATORS = ("operator", "admin")
 
-USERNAME_CHARS_MIN, USERNAME_CHARS_MAX = 3, 64
-PASSWORD_CHARS_MIN, PASSWORD_CHARS_MAX = 8, 128
-KEY_NAME_CHARS_MAX = 100
 KEY_LIFETIME_DAYS_MAX = 3_650
 USER_AGENT_CHARS_MAX = 256
-
-_USERNAME = re.compile(r"[A-Za-z0-9._-]+")
-_PUBLIC_SUFFIX = ".example.com"
-_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
-# The commonest passwords of public leaks that are long enough to pass the length rule.
-COMMON_PASSWORDS = frozenset(
-    (
-        *("password", "password1", "password123", "passw0rd", "p@ssw0rd", "12345678", "123456789", "1234567890"),
-        *("11111111", "00000000", "87654321", "qwertyui", "qwerty123", "qwertyuiop", "1q2w3e4r", "1qaz2wsx"),
-        *("iloveyou", "sunshine", "princess", "football", "baseball", "superman", "trustno1", "letmein1"),
-        *("welcome1", "abcd1234", "abc12345", "changeme", "administrator", "asdfghjkl"),
-    )
-)
 
 
 class UserStatus(StrEnum):
@@ -153,7 +133,10 @@ LIMIT_MAX: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """An API key without its secret. `overrides` are its own limits; the plan's hold for the rest."""
+    """An API key without its secret. `overrides` are its own limits; the plan's hold for the rest.
+
+    `allowed_addresses` are the networks (CIDR) that it may be used from; None for any.
+    """
 
     id: UUID
     org_id: UUID
@@ -171,6 +154,7 @@ class ApiKey:
     created_at: datetime
     revoked_at: datetime | None
     last_used_at: datetime | None
+    allowed_addresses: tuple[str, ...] | None = None
 
     @property
     def limits(self) -> Limits:
@@ -183,6 +167,18 @@ class ApiKey:
         if self.expires_at is not None and self.expires_at <= now:
             return "expired"
         return "active"
+
+
+@dataclass(frozen=True, slots=True)
+class DailyUse:
+    """What a key was used for on a day (UTC): admitted requests, those answered 4xx and 5xx, bytes of bodies."""
+
+    day: date
+    requests: int = 0
+    client_errors: int = 0
+    server_errors: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,57 +323,3 @@ def _exceeds(name: str, value: int, ceiling: int) -> bool:
     if name == "tokens_per_minute" and 0 in (value, ceiling):  # 0 is "no limit", above every number
         return ceiling != 0
     return value > ceiling
-
-
-def valid_username(value: str) -> str:
-    """The name, or ValueError with the rule it breaks."""
-    if not USERNAME_CHARS_MIN <= len(value) <= USERNAME_CHARS_MAX or not _USERNAME.fullmatch(value):
-        raise ValueError(f"use {USERNAME_CHARS_MIN} to {USERNAME_CHARS_MAX} of A-Z, a-z, 0-9, dot, hyphen, underscore.")
-    return value
-
-
-def valid_email(value: str) -> str:
-    """The address in its normal form, or ValueError. Private domains are fine: an installation may be internal."""
-    try:
-        # The library refuses reserved domains (localhost, .test, .local). Below a public one they pass its syntax.
-        checked = validate_email(value + _PUBLIC_SUFFIX, check_deliverability=False).normalized
-    except EmailNotValidError as e:
-        raise ValueError("give a valid e-mail address.") from e
-    return checked.removesuffix(_PUBLIC_SUFFIX)
-
-
-def valid_key_name(value: str) -> str:
-    """The name without outer blanks, or ValueError."""
-    value = value.strip()
-    if not 1 <= len(value) <= KEY_NAME_CHARS_MAX or has_control_characters(value):
-        raise ValueError(f"use 1 to {KEY_NAME_CHARS_MAX} printable characters.")
-    return value
-
-
-def valid_model(value: str) -> str:
-    """The name of a model, or ValueError."""
-    if not _MODEL.fullmatch(value):
-        raise ValueError("a model's name has 1 to 128 letters, digits, or . _ : / -")
-    return value
-
-
-def has_control_characters(value: str) -> bool:
-    return any(unicodedata.category(c) in ("Cc", "Cs") for c in value)
-
-
-def normalised_password(password: str) -> str:
-    """The password as it is hashed: NFKC (NIST SP 800-63B §5.1.1.2), so that every keyboard types the same one."""
-    return unicodedata.normalize("NFKC", password)
-
-
-def check_password(password: str, *, username: str, email: str, field: str = "password") -> None:
-    """Raise InvalidRequest for a wrong length, WeakPassword for what is guessed first. No composition rules."""
-    if not PASSWORD_CHARS_MIN <= len(password) <= PASSWORD_CHARS_MAX:
-        raise InvalidRequest(
-            f"{field}: use {PASSWORD_CHARS_MIN} to {PASSWORD_CHARS_MAX} characters.",
-            code="password_length",
-            param=field,
-        )
-    folded = password.casefold()
-    if folded in COMMON_PASSWORDS or folded in (username.casefold(), email.casefold()):
-        raise WeakPassword(f"{field}: choose one that is harder to guess.", param=field)

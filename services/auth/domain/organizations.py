@@ -39,6 +39,15 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceAccount:
+    """Who owns keys in a person's place: it stays when people leave, and never signs in."""
+
+    id: UUID
+    name: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Invitation:
     """Whoever has its token joins as `role`, once, before `expires_at`."""
 

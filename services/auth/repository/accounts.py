@@ -36,6 +36,9 @@ _SCOPES = (
 ).label("scopes")
 
 
+PERSON = "person"
+
+
 class AccountRepository:
     """Accounts: a user together with one organisation."""
 
@@ -86,7 +89,9 @@ class AccountRepository:
         """The account of a user name or an e-mail address, in the user's first organisation that is active."""
         folded = func.lower(login)  # by PostgreSQL, as the indexes are: Python folds some letters otherwise
         return await self._one(
-            _accounts().where(or_(func.lower(UserRow.username) == folded, func.lower(UserRow.email) == folded))
+            _accounts().where(
+                UserRow.kind == PERSON, or_(func.lower(UserRow.username) == folded, func.lower(UserRow.email) == folded)
+            )
         )
 
     async def find(self, user_id: UUID, org_id: UUID) -> Account | None:
@@ -138,7 +143,7 @@ def _account(row: Row[UserRow, OrganizationRow, str, list[str], list[str]]) -> A
     return Account(
         user_id=user.id,
         username=user.username,
-        email=user.email,
+        email=user.email or "",
         password_hash=user.password_hash,
         status=UserStatus(user.status),
         created_at=user.created_at,

@@ -6,26 +6,18 @@ key grow its version and leave an event in the outbox, in the same statement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, Update, func, insert, or_, select, text, update
+from sqlalchemy import Row, Select, Update, func, insert, or_, select, update
 
 from services.auth.domain import ApiKey, KeyEvent, KeyStatus
 from services.auth.errors import KeyNotFound
 from services.auth.tables import ApiKeyRow, KeyOutboxRow, OrganizationRow, PlanRow
 from shared.apikeys import Digest
 from shared.database import AsyncSession
-
-_NOTE_USES = text(
-    """
-    UPDATE auth.api_key k SET last_used_at = u.at
-    FROM unnest(CAST(:ids AS uuid[]), CAST(:times AS timestamptz[])) AS u (id, at)
-    WHERE k.id = u.id AND (k.last_used_at IS NULL OR k.last_used_at < u.at)
-    """
-)
 
 
 class KeyRepository:
@@ -65,6 +57,7 @@ class KeyRepository:
                 version=key.version,
                 expires_at=key.expires_at,
                 created_at=key.created_at,
+                allowed_addresses=None if key.allowed_addresses is None else list(key.allowed_addresses),
             )
         )
 
@@ -160,12 +153,6 @@ class KeyRepository:
         return _key(row)
 
 
-async def note_uses(session: AsyncSession, uses: Mapping[UUID, datetime]) -> None:
-    """Move the last use of keys forward, never back. No change that the gateway must hear of."""
-    ordered = sorted(uses.items())
-    await session.execute(_NOTE_USES, {"ids": [key for key, _ in ordered], "times": [at for _, at in ordered]})
-
-
 def _usable(now: datetime) -> tuple[Any, ...]:
     return (
         ApiKeyRow.status == KeyStatus.ACTIVE,
@@ -192,4 +179,5 @@ def _key(row: Row[ApiKeyRow, dict[str, Any]]) -> ApiKey:
         created_at=key.created_at,
         revoked_at=key.revoked_at,
         last_used_at=key.last_used_at,
+        allowed_addresses=None if key.allowed_addresses is None else tuple(key.allowed_addresses),
     )

@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from services.auth.domain.organizations import Invitation, Member, Organization, OrgRole
 from services.auth.errors import InvitationNotFound, MemberNotFound, OrganizationNotFound
+from services.auth.repository.accounts import PERSON
 from services.auth.tables import InvitationRow, MembershipRow, OrganizationRow, UserRow
 from shared.database import AsyncSession
 
@@ -125,7 +126,7 @@ class OrganizationRepository:
         return (
             select(UserRow.id, UserRow.username, MembershipRow.role, MembershipRow.created_at)
             .join(MembershipRow, MembershipRow.user_id == UserRow.id)
-            .where(MembershipRow.org_id == self._tenant)
+            .where(MembershipRow.org_id == self._tenant, UserRow.kind == PERSON)
         )
 
 

@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
-from services.auth.domain import (
-    LIMIT_MAX,
+from services.auth.domain import LIMIT_MAX
+from services.auth.domain.fields import (
     PASSWORD_CHARS_MAX,
     has_control_characters,
     valid_email,
     valid_key_name,
     valid_model,
+    valid_network,
     valid_username,
 )
 from shared.errors import TollgateError
@@ -21,6 +22,7 @@ LOGIN_CHARS_MAX = 254
 TOKEN_CHARS_MAX = 256
 MODELS_MAX = 100
 SCOPES_MAX = 20
+NETWORKS_MAX = 50
 
 
 def _printable(value: str) -> str:
@@ -39,6 +41,10 @@ LeakedKey = Annotated[str, Field(min_length=1, max_length=TOKEN_CHARS_MAX), Afte
 KeyName = Annotated[str, AfterValidator(valid_key_name)]
 Scopes = Annotated[list[str], Field(min_length=1, max_length=SCOPES_MAX)]
 Models = Annotated[list[Annotated[str, AfterValidator(valid_model)]], Field(max_length=MODELS_MAX)]
+Networks = Annotated[
+    list[Annotated[str, Field(max_length=64), AfterValidator(valid_network)]],
+    Field(min_length=1, max_length=NETWORKS_MAX),
+]
 Timestamp = AwareDatetime
 
 

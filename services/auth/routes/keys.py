@@ -5,11 +5,11 @@ Members see and change their own keys; owners and admins, everybody's.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
-from typing import Literal
+from datetime import date, datetime, timedelta
+from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.auth.domain import DEFAULT_KEY_SCOPES, KEY_LIFETIME_DAYS_MAX, ApiKey
@@ -22,6 +22,7 @@ from services.auth.errors import (
     NotAllowedInOrganization,
     NotKeyOwner,
     ScopeNotHeld,
+    ServiceAccountNotFound,
     TooManyKeys,
 )
 from services.auth.routes.dependencies import ActorInOrganization, AllServices, From
@@ -32,6 +33,7 @@ from services.auth.routes.fields import (
     LimitsAnswer,
     LimitsBody,
     Models,
+    Networks,
     Scopes,
     Timestamp,
     refusals,
@@ -44,6 +46,7 @@ router = APIRouter(prefix="/api/v1/keys", tags=["keys"])
 
 GRACE_S_DEFAULT = 86_400
 GRACE_S_MAX = 30 * 86_400
+USAGE_DAYS_MAX = 366
 
 
 class CreateKeyBody(Body):
@@ -54,10 +57,14 @@ class CreateKeyBody(Body):
     models: Models | None = Field(None, description="The models it may use; null for all.")
     limits: LimitsBody | None = None
     expires_at: Timestamp | None = Field(None, description="With an offset; null for never.")
+    allowed_addresses: Networks | None = Field(None, description="Networks it may be used from (CIDR); null for any.")
+    service_account_id: UUID | None = Field(None, description="A service account of the organisation, as its owner.")
 
 
 class UpdateKeyBody(Body):
-    """What is left out stays. `models: null` means all models, `limits: null` the plan's limits."""
+    """What is left out stays. `models: null` means all models, `limits: null` the plan's limits,
+    `allowed_addresses: null` any address.
+    """
 
     model_config = ConfigDict(json_schema_extra={"example": {"name": "staging", "limits": {"minute": 10}}})
 
@@ -65,6 +72,7 @@ class UpdateKeyBody(Body):
     scopes: Scopes = Field(default_factory=list)
     models: Models | None = None
     limits: LimitsBody | None = None
+    allowed_addresses: Networks | None = None
 
 
 class RotateKeyBody(Body):
@@ -96,6 +104,8 @@ class KeyAnswer(BaseModel):
     scopes: list[str]
     models: list[str] | None
     limits: LimitsAnswer
+    allowed_addresses: list[str] | None
+    user_id: UUID
     expires_at: datetime | None
     created_at: datetime
     revoked_at: datetime | None
@@ -106,6 +116,26 @@ class NewKeyAnswer(KeyAnswer):
     """The only answer that ever shows `key`."""
 
     key: str
+
+
+class DailyUseAnswer(BaseModel):
+    """Admitted requests of a day (UTC), those among them answered 4xx and 5xx, bytes of their bodies."""
+
+    day: date
+    requests: int
+    client_errors: int
+    server_errors: int
+    bytes_in: int
+    bytes_out: int
+
+
+class KeyUsageAnswer(BaseModel):
+    """Days without use are left out; the latest first."""
+
+    object: Literal["list"] = "list"
+    data: list[DailyUseAnswer]
+    has_more: bool = False
+    next_cursor: str | None = None
 
 
 class KeyListAnswer(BaseModel):
@@ -119,7 +149,16 @@ class KeyListAnswer(BaseModel):
     "",
     status_code=201,
     summary="Create a key",
-    responses=refusals(InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, TooManyKeys),
+    responses=refusals(
+        InvalidRequest,
+        Unauthenticated,
+        ScopeNotHeld,
+        ModelNotHeld,
+        LimitAbovePlan,
+        NotAllowedInOrganization,
+        ServiceAccountNotFound,
+        TooManyKeys,
+    ),
 )
 async def create_key(body: CreateKeyBody, actor: ActorInOrganization, services: AllServices) -> NewKeyAnswer:
     """`key` is shown this once. It can do no more than who makes it; its limits are at most the plan's."""
@@ -129,6 +168,8 @@ async def create_key(body: CreateKeyBody, actor: ActorInOrganization, services: 
         models=None if body.models is None else tuple(body.models),
         limits=body.limits.given() if body.limits else {},
         expires_at=_future(body.expires_at, services.clock.now()),
+        allowed_addresses=_networks(body.allowed_addresses),
+        service_account_id=body.service_account_id,
     )
     return _new_key(await services.keys.create(actor, draft), services.clock.now())
 
@@ -171,6 +212,22 @@ async def get_key(key_id: UUID, actor: ActorInOrganization, services: AllService
     return key_answer(await services.keys.get(actor, key_id), services.clock.now())
 
 
+@router.get(
+    "/{key_id}/usage",
+    summary="How a key is used",
+    responses=refusals(InvalidRequest, Unauthenticated, KeyNotFound),
+)
+async def get_key_usage(
+    key_id: UUID,
+    actor: ActorInOrganization,
+    services: AllServices,
+    days: Annotated[int, Query(ge=1, le=USAGE_DAYS_MAX, description="Today and the days before it.")] = 30,
+) -> KeyUsageAnswer:
+    """By day, some seconds behind. What it cost is billing's to say."""
+    uses = await services.key_usage.of_key(actor, key_id, days=days)
+    return KeyUsageAnswer(data=[DailyUseAnswer.model_validate(use, from_attributes=True) for use in uses])
+
+
 @router.patch(
     "/{key_id}",
     summary="Change a key",
@@ -179,13 +236,14 @@ async def get_key(key_id: UUID, actor: ActorInOrganization, services: AllService
     ),
 )
 async def update_key(key_id: UUID, body: UpdateKeyBody, actor: ActorInOrganization, services: AllServices) -> KeyAnswer:
-    """Name, scopes, models or limits; in force on the key's next request."""
+    """Name, scopes, models, limits or addresses; in force on the key's next request."""
     change = KeyChange(
         given=frozenset(body.model_fields_set),
         name=body.name,
         scopes=tuple(body.scopes),
         models=None if body.models is None else tuple(body.models),
         limits=body.limits.given() if body.limits else None,
+        allowed_addresses=_networks(body.allowed_addresses),
     )
     return key_answer(await services.keys.update(actor, key_id, change), services.clock.now())
 
@@ -227,6 +285,8 @@ def key_answer(key: ApiKey, now: datetime) -> KeyAnswer:
         scopes=list(key.scopes),
         models=None if key.models is None else list(key.models),
         limits=LimitsAnswer.model_validate(key.limits, from_attributes=True),
+        allowed_addresses=None if key.allowed_addresses is None else list(key.allowed_addresses),
+        user_id=key.user_id,
         expires_at=key.expires_at,
         created_at=key.created_at,
         revoked_at=key.revoked_at,
@@ -236,6 +296,10 @@ def key_answer(key: ApiKey, now: datetime) -> KeyAnswer:
 
 def _new_key(new: NewKey, now: datetime) -> NewKeyAnswer:
     return NewKeyAnswer(**key_answer(new.record, now).model_dump(), key=new.secret)
+
+
+def _networks(given: list[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(dict.fromkeys(given))
 
 
 def _future(expires_at: datetime | None, now: datetime) -> datetime | None:

@@ -9,11 +9,12 @@ from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
 from services.auth.service.attempts import Attempts
 from services.auth.service.bootstrap import Bootstrap
+from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
-from services.auth.service.last_use import LastUse
 from services.auth.service.organizations import Organizations
 from services.auth.service.outbox import Outbox
 from services.auth.service.revocations import Revocations
+from services.auth.service.service_accounts import ServiceAccounts
 from services.auth.service.sessions import Sessions
 from services.auth.service.signing import SigningKeys
 from services.auth.service.tokens import Tokens
@@ -37,4 +38,5 @@ class Services:
     admin: Admin
     bootstrap: Bootstrap
     outbox: Outbox
-    last_use: LastUse
+    key_usage: KeyUsage
+    service_accounts: ServiceAccounts

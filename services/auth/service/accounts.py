@@ -13,8 +13,8 @@ from services.auth.domain import (
     Origin,
     UserStatus,
     audit_entry,
-    check_password,
 )
+from services.auth.domain.fields import check_password
 from services.auth.errors import PasswordQueueFull, UserNotFound, WrongPassword
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository

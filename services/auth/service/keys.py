@@ -25,9 +25,17 @@ from services.auth.domain import (
     merge_limits,
     page_of,
 )
-from services.auth.errors import KeyNotActive, NotKeyOwner, TooManyKeys
+from services.auth.domain.organizations import OrgRole, check_may_manage
+from services.auth.errors import (
+    KeyNotActive,
+    NotAllowedInOrganization,
+    NotKeyOwner,
+    ServiceAccountNotFound,
+    TooManyKeys,
+)
 from services.auth.repository import audit
 from services.auth.repository.keys import KeyRepository
+from services.auth.repository.service_accounts import ServiceAccountRepository
 from services.auth.service.outbox import Outbox
 from shared import apikeys, ids
 from shared.apikeys import Peppers
@@ -38,13 +46,17 @@ from shared.telemetry import AuthMetrics
 
 @dataclass(frozen=True, slots=True)
 class KeyDraft:
-    """What a new key should be. `models` None means all; `limits` are its own, below the plan's."""
+    """What a new key should be. `models` None means all; `limits` are its own, below the plan's; `service_account_id`
+    is whose it is, in place of the actor's.
+    """
 
     name: str
     scopes: tuple[str, ...]
     models: tuple[str, ...] | None = None
     limits: Mapping[str, int | None] = field(default_factory=dict)
     expires_at: datetime | None = None
+    allowed_addresses: tuple[str, ...] | None = None
+    service_account_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,7 @@ class KeyChange:
     scopes: tuple[str, ...] = ()
     models: tuple[str, ...] | None = None
     limits: Mapping[str, int | None] | None = None
+    allowed_addresses: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +100,8 @@ class Keys:
     async def create(self, actor: Actor, draft: KeyDraft) -> NewKey:
         """A new key of the actor's organisation.
 
-        Raises ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest, TooManyKeys.
+        Raises ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest, TooManyKeys; for a service account's also
+        NotAllowedInOrganization, ServiceAccountNotFound.
         """
         actor.identity.require_scope("keys:write")
         scopes = check_scopes(draft.scopes, actor.identity.scopes)
@@ -95,13 +109,14 @@ class Keys:
         now = self._clock.now()
         async with self._sessions.begin() as session:
             repository = _repository(session, actor)
+            owner_id = await self._owner(session, actor, draft.service_account_id)
             plan = await self._make_room(repository, actor.org_id, now)
             key_id = ids.uuid7()
             new = self._generate(
                 ApiKey(
                     id=key_id,
                     org_id=actor.org_id,
-                    user_id=actor.user_id,
+                    user_id=owner_id,
                     name=draft.name,
                     prefix="",
                     scopes=scopes,
@@ -115,6 +130,7 @@ class Keys:
                     created_at=now,
                     revoked_at=None,
                     last_used_at=None,
+                    allowed_addresses=draft.allowed_addresses,
                 )
             )
             await repository.add(new.record, self._peppers.digest(new.secret))
@@ -137,7 +153,7 @@ class Keys:
             return await _repository(session, actor).get(key_id)
 
     async def update(self, actor: Actor, key_id: UUID, change: KeyChange) -> ApiKey:
-        """Change name, scopes, models or limits.
+        """Change name, scopes, models, limits or the addresses it may be used from.
 
         Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest.
         """
@@ -155,6 +171,9 @@ class Keys:
                 values["models"] = None if models is None else list(models)
             if "limits" in change.given:
                 values["limits"] = merge_limits(before.overrides, change.limits, before.plan_limits)
+            if "allowed_addresses" in change.given:
+                networks = change.allowed_addresses
+                values["allowed_addresses"] = None if networks is None else list(networks)
             events = await repository.change(key_id, **values)
             after = await repository.get(key_id)
             entry = audit_entry(
@@ -198,7 +217,7 @@ class Keys:
                 await self._make_room(repository, actor.org_id, now)
             old = self._usable(await repository.lock(key_id))
             if old.user_id != actor.user_id:
-                raise NotKeyOwner()
+                await self._require_service_account(session, actor, old.user_id)
             check_scopes(old.scopes, actor.identity.scopes)
             check_models(old.models, actor.identity.models)
             new = self._generate(_successor(old, now))
@@ -219,6 +238,24 @@ class Keys:
             key_ids = await repository.usable_named(actor.user_id, name, self._clock.now())
         for key_id in key_ids:
             await self.revoke(actor, key_id)
+
+    @staticmethod
+    async def _owner(session: AsyncSession, actor: Actor, service_account_id: UUID | None) -> UUID:
+        """Whose key it will be: the actor's own, or of a service account that they manage."""
+        if service_account_id is None:
+            return actor.user_id
+        check_may_manage(actor.org_role, OrgRole.MEMBER)
+        await ServiceAccountRepository(session, tenant=actor.org_id).lock(service_account_id)
+        return service_account_id
+
+    @staticmethod
+    async def _require_service_account(session: AsyncSession, actor: Actor, owner_id: UUID) -> None:
+        """Raise NotKeyOwner unless the owner is a service account, which its organisation's managers act for."""
+        try:
+            check_may_manage(actor.org_role, OrgRole.MEMBER)
+            await ServiceAccountRepository(session, tenant=actor.org_id).lock(owner_id)
+        except (ServiceAccountNotFound, NotAllowedInOrganization):
+            raise NotKeyOwner() from None
 
     async def _make_room(self, repository: KeyRepository, org_id: UUID, now: datetime) -> dict[str, int]:
         """The plan's limits, once there is room for one key more; keys of an organisation are made one by one."""
@@ -261,5 +298,6 @@ def _terms(key: ApiKey) -> dict[str, object]:
         "scopes": list(key.scopes),
         "models": None if key.models is None else list(key.models),
         "limits": dict(key.overrides),
+        "allowed_addresses": None if key.allowed_addresses is None else list(key.allowed_addresses),
         "expires_at": key.expires_at.isoformat() if key.expires_at else None,
     }

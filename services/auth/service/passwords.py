@@ -17,7 +17,7 @@ from typing import TypeVar
 import argon2
 from prometheus_client import Gauge
 
-from services.auth.domain import normalised_password
+from services.auth.domain.fields import normalised_password
 from services.auth.errors import PasswordQueueFull
 
 RETRY_AFTER_S = 1

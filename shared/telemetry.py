@@ -196,6 +196,27 @@ class BillingMetrics:
             "tollgate_billing_holds_expired_total", "Holds that the sweeper settled.", registry=registry
         )
         self.wallets_frozen = Gauge("tollgate_billing_wallets_frozen", "Wallets frozen.", registry=registry)
+        self.discrepancies = Counter(
+            "tollgate_billing_discrepancies_total",
+            "Differences that the reconciler found, by check; each freezes its wallet.",
+            ["check"],
+            registry=registry,
+        )
+        self.reconciled = Counter(
+            "tollgate_billing_reconciled_total", "What the reconciler has examined.", ["what"], registry=registry
+        )
+        self.reconciliation_cycle = Gauge(
+            "tollgate_billing_reconciliation_cycle_seconds",
+            "How long the last walk from end to end took.",
+            ["walk"],
+            registry=registry,
+        )
+        self.partition_horizon = Gauge(
+            "tollgate_billing_partition_horizon_seconds", "Until the last partition's end.", registry=registry
+        )
+        self.partition_strays = Gauge(
+            "tollgate_billing_partition_strays", "Rows in default partitions, at most 10,000 each.", registry=registry
+        )
 
 
 class AuthMetrics:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 
 from services.billing.ledger.writer import Writer, WriterLimits
+from services.billing.partitions import PartitionMaker
+from services.billing.reconciler import Reconciler, ReconcilerLimits
 from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.service import Prices
 from services.billing.servicer import Servicer
@@ -58,9 +60,26 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
         hold_grace_s=settings.billing_hold_grace_s,
     )
     gauges = Gauges(database, metrics, interval_s=settings.billing_gauges_interval_s)
+    reconciler_limits = ReconcilerLimits(
+        interval_s=settings.billing_reconcile_interval_s,
+        transfers_max=settings.billing_reconcile_transfers_max,
+        holds_max=settings.billing_reconcile_holds_max,
+    )
+    reconciler = Reconciler(database, metrics, reconciler_limits)
+    partitions = PartitionMaker(
+        database,
+        metrics,
+        months_ahead=settings.billing_partition_months_ahead,
+        interval_s=settings.billing_partition_interval_s,
+    )
     return Service(
         http=[HttpServer(app, settings.billing_http_listen)],
         grpc=server,
         grpc_listen=settings.billing_grpc_listen,
-        tasks={"sweeper": sweeper.run, "gauges": gauges.run},
+        tasks={
+            "sweeper": sweeper.run,
+            "gauges": gauges.run,
+            "reconciler": reconciler.run,
+            "partitions": partitions.run,
+        },
     )

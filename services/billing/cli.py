@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ import typer
 from services.billing.app import build
 from services.billing.price_file import PriceFileError, read_prices
 from services.billing.repository.database import Database, DatabaseLimits
+from services.billing.repository.verification import Report
 from services.billing.repository.verification import verify as verify_ledger
 from services.billing.service import Prices
 from services.billing.settings import BillingSettings, DatabaseSettings, MigrationSettings
@@ -19,6 +22,7 @@ from shared import database, runtime
 from shared.errors import TollgateError
 
 SCHEMA = "billing"
+PROGRESS_INTERVAL_S = 2.0
 PUBLISHED_BY = "cli"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -67,11 +71,25 @@ async def _publish(url: str, file: Path) -> None:
 
 
 @app.command()
-def verify() -> None:
+def verify(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
     """Replay every wallet and compare. Exits 1 when anything differs; changes nothing."""
     settings = runtime.load(DatabaseSettings)
-    report = asyncio.run(verify_ledger(settings.billing_database_url.get_secret_value()))
-    for line in report.lines():
+    report = asyncio.run(verify_ledger(settings.billing_database_url.get_secret_value(), _Progress()))
+    for line in [json.dumps(report.as_json())] if as_json else report.lines():
         typer.echo(line)
     if not report.is_clean:
         raise typer.Exit(1)
+
+
+class _Progress:
+    """A line on standard error every PROGRESS_INTERVAL_S, so none for what is quick."""
+
+    def __init__(self) -> None:
+        self._said_at_s = time.monotonic()
+
+    def __call__(self, report: Report) -> None:
+        if time.monotonic() - self._said_at_s >= PROGRESS_INTERVAL_S:
+            self._said_at_s = time.monotonic()
+            typer.echo(f"verify: {report.progress()} so far", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from uuid import UUID, uuid4
 
 import pytest
@@ -94,6 +95,10 @@ async def test_the_command_exits_1_when_something_differs_and_0_otherwise(
     assert (clean.exit_code, "no difference" in clean.output) == (0, True)
     await ledger.pool.execute("UPDATE billing.wallet SET seq = seq + 1 WHERE id = $1", org_id)
     broken = await asyncio.to_thread(run, app, ["verify"])
+    as_json = await asyncio.to_thread(run, app, ["verify", "--json"])
     await ledger.pool.execute("UPDATE billing.wallet SET seq = seq - 1 WHERE id = $1", org_id)
-    assert broken.exit_code == 1
+    assert (broken.exit_code, as_json.exit_code) == (1, 1)
+    told = json.loads(as_json.output)
+    assert (told["clean"], told["found"]) == (False, {"transfers are numbered without a gap": 1})
+    assert told["differences"][0]["wallet_id"] == str(org_id)
     assert f"DIFFERS  transfers are numbered without a gap: wallet {org_id}" in broken.output

@@ -221,7 +221,7 @@ async def _end_of_operation(connection: asyncpg.Connection, wallet_id: UUID, seq
     """The number of the last transfer of the operation that `seq` belongs to: parts end where operations do."""
     end: int | None = await connection.fetchval(
         """SELECT max(n.wallet_seq) FROM billing.transfer t JOIN billing.transfer n
-            ON n.wallet_id = t.wallet_id AND n.wallet_seq >= t.wallet_seq AND n.wallet_seq <= $2 + $3
+            ON n.wallet_id = t.wallet_id AND n.wallet_seq >= t.wallet_seq AND n.wallet_seq <= $2::int8 + $3::int8
             AND n.op_id = t.op_id
         WHERE t.wallet_id = $1 AND t.wallet_seq = $2""",
         wallet_id,

@@ -163,7 +163,7 @@ def _generated_secrets() -> Iterator[tuple[str, str]]:
 
     for name in ("postgres_superuser", "postgres_owner", "postgres_unleash", "valkey"):
         yield name, secrets.token_hex(16)
-    for service in ("auth", "billing", "gateway"):
+    for service in ("auth", "billing", "chat", "gateway"):
         yield f"postgres_{service}", secrets.token_hex(16)
     yield "identity_keys", f"k1:{base64_key()}"
     yield "api_key_peppers", f"1:{base64_key()}"

@@ -1,8 +1,6 @@
-"""`python -m services.chat`: serve until SIGTERM."""
+"""`python -m services.chat`: see cli.py."""
 
-from services.chat.app import build
-from services.chat.settings import ChatSettings
-from shared import runtime
+from services.chat.cli import app
 
 if __name__ == "__main__":
-    runtime.main("chat", ChatSettings, build)
+    app(prog_name="python -m services.chat")

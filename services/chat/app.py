@@ -9,12 +9,17 @@ from services.chat.clients import CatalogueClient
 from services.chat.domain.breaker import Breakers
 from services.chat.domain.catalogue import BuildState
 from services.chat.errors import model_loading
-from services.chat.routes import completions, models
+from services.chat.repository.replays import ReplayRepository
+from services.chat.repository.stored import StoredRepository
+from services.chat.routes import completions, models, stored
+from services.chat.routes.desk import Desk
 from services.chat.service.completion import ChatService
+from services.chat.service.library import Library
+from services.chat.service.replays import Replays
 from services.chat.service.terms import Treasury
 from services.chat.settings import ChatSettings
 from services.chat.triton import TritonClient
-from shared import telemetry, web
+from shared import database, telemetry, web
 from shared.clock import SystemClock
 from shared.flags import Flags
 from shared.grpc import Caller
@@ -23,6 +28,8 @@ from shared.limits import RedisLink, TokenLimiter
 from shared.metering import Metering
 from shared.runtime import HttpServer, Service
 from shared.web import Readiness
+
+CLAIM_MARGIN_S = 30.0  # an idempotency key stays busy for as long as its generation may take, and a little more
 
 
 async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readiness) -> Service:
@@ -69,8 +76,27 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
         metrics=metrics,
     )
 
+    engine = database.create_engine(
+        settings.chat_database_url.get_secret_value(),
+        application="tollgate-chat",
+        pool_size=settings.chat_database_connections_max,
+        pool_overflow=0,
+    )
+    stack.push_async_callback(engine.dispose)
+    kept = StoredRepository(engine, retention_days=settings.chat_retention_days)
+    results = ReplayRepository(
+        engine,
+        busy_s=limits.generation_timeout_s + CLAIM_MARGIN_S,
+        kept_s=settings.chat_replay_kept_h * 3_600,
+    )
+    replays = Replays(results)
+    stack.push_async_callback(replays.close, settings.drain_timeout_s)
+    library = Library(kept, clock)
+    desk = Desk(service, library, replays, clock)
+
     app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
-    app.include_router(completions.create_router(service, clock))
+    app.include_router(completions.create_router(desk))
+    app.include_router(stored.create_router(library))
     app.include_router(models.create_router(service, treasury))
     readiness.add("catalogue", _catalogue_check(catalogue))
     readiness.add("billing", _billing_check(metering))
@@ -78,7 +104,10 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     pauses_s = settings.catalogue_refresh_ms / 1000, settings.catalogue_refresh_loading_ms / 1000
     return Service(
         http=[HttpServer(app, settings.chat_http_listen)],
-        tasks={"catalogue": lambda: tasks.keep_catalogue(catalogue, *pauses_s)},
+        tasks={
+            "catalogue": lambda: tasks.keep_catalogue(catalogue, *pauses_s),
+            "purge": lambda: tasks.keep_purging((kept.purge, results.purge), settings.chat_purge_interval_s),
+        },
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from shared.errors import (
     BadGateway,
+    Conflict,
     InvalidRequest,
     NotFound,
     PaymentRequired,
@@ -13,6 +14,7 @@ from shared.errors import (
     Timeout,
     TollgateError,
     Unavailable,
+    Unprocessable,
 )
 
 LOADING_RETRY_S = 5
@@ -146,4 +148,37 @@ def output_violates_format() -> BadGateway:
     return BadGateway(
         "The model's answer is not of the form that response_format or the tools ask for. Retry, or simplify the form.",
         code="output_format_violated",
+    )
+
+
+def storage_down(detail: str) -> Unavailable:
+    return Unavailable(
+        "What is stored cannot be reached right now. Retry.",
+        code="storage_unavailable",
+        detail=detail,
+        retry_after_s=DOWN_RETRY_S,
+    )
+
+
+def not_stored(kind: str) -> NotFound:
+    return NotFound(f"There is no stored {kind} with this id.", code=f"{kind}_not_found", param="id")
+
+
+def request_in_progress() -> Conflict:
+    return Conflict(
+        "A request with this Idempotency-Key is under way. Retry for its answer.",
+        code="request_in_progress",
+        retry_after_s=BUSY_RETRY_S,
+    )
+
+
+def idempotency_mismatch() -> Unprocessable:
+    return Unprocessable(
+        "This Idempotency-Key was used for another request. Use a new one.", code="idempotency_mismatch"
+    )
+
+
+def bad_idempotency_key(chars_max: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"Idempotency-Key takes 1 to {chars_max} printable ASCII characters.", code="invalid_idempotency_key"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.chat.domain.request import Limits
 from shared.flags import FlagSettings
@@ -12,10 +13,20 @@ from shared.metering import MeteringLimits
 from shared.runtime import ServiceSettings
 
 
+class MigrationSettings(BaseSettings):
+    """What `migrate` reads: the owner's URL and the one of the role that it makes."""
+
+    model_config = SettingsConfigDict(env_prefix="TOLLGATE_", frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr
+    chat_database_url: SecretStr
+
+
 class ChatSettings(ServiceSettings):
     """Names carry the prefix TOLLGATE_ in the environment; units stand at the end of a name."""
 
     chat_http_listen: str
+    chat_database_url: SecretStr
     redis_url: SecretStr
     billing_grpc: str
     inference_grpc: str
@@ -41,6 +52,10 @@ class ChatSettings(ServiceSettings):
     chat_breaker_pause_ms: int = Field(default=5_000, ge=1)
     chat_processes: int = Field(default=1, ge=1)  # that share the token limits while Redis is away
     chat_redis_timeout_ms: int = Field(default=100, ge=1)
+    chat_database_connections_max: int = Field(default=10, ge=1)
+    chat_retention_days: int = Field(default=30, ge=1, le=3_650)
+    chat_replay_kept_h: int = Field(default=24, ge=1)
+    chat_purge_interval_s: int = Field(default=60, ge=1)
     chat_hold_ttl_ms: int = Field(default=30_000, ge=1_000)
     chat_settle_wait_ms: int = Field(default=5_000, ge=1)
 

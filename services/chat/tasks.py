@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 
 from services.chat.clients import CatalogueClient
 from shared.errors import TollgateError
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
+
+PURGE_BATCH = 1_000
+Purge = Callable[[int], Awaitable[int]]
 
 
 async def keep_catalogue(catalogue: CatalogueClient, pause_s: float, loading_pause_s: float) -> None:
@@ -27,3 +31,15 @@ async def keep_catalogue(catalogue: CatalogueClient, pause_s: float, loading_pau
         else:
             was_up = True
         await asyncio.sleep(pause_s if catalogue.is_settled else loading_pause_s)
+
+
+async def keep_purging(purges: Sequence[Purge], pause_s: float) -> None:
+    """Delete for ever what has expired, in batches; a full batch is followed by the next at once."""
+    while True:
+        for purge in purges:
+            try:
+                while await purge(PURGE_BATCH) == PURGE_BATCH:
+                    continue
+            except TollgateError as e:
+                log.warning("not_purged", code=e.code, detail=e.detail)
+        await asyncio.sleep(pause_s)

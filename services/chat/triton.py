@@ -25,7 +25,7 @@ from tritonclient.grpc import service_pb2
 
 from services.chat.domain.answers import engine_fields
 from services.chat.domain.catalogue import Build
-from services.chat.domain.request import ChatRequest, Limits, Message
+from services.chat.domain.request import ChatRequest, Limits
 from services.chat.errors import engine_down, engine_failed, engine_silent, from_engine
 from shared.errors import TollgateError
 from shared.metering import Usage
@@ -69,7 +69,7 @@ class TritonClient:
     async def count(self, build: Build, request: ChatRequest, *, lost: Lost) -> int:
         """Tokens of the prompt, as this build's template renders it. Raises TollgateError."""
         shown = {name: value for name, value in engine_fields(request).items() if name in ("tools", "tool_choice")}
-        body = {"op": "count", "messages": _messages(request), **shown}
+        body = {"op": "count", "messages": [m.wire() for m in request.messages], **shown}
         timeout_s = self._limits.count_timeout_s
         async with _Call(self._open(build, body, timeout_s, {}), timeout_s, timeout_s, lost) as replies:
             async for content in replies:
@@ -216,7 +216,7 @@ def _request(build: Build, content: bytes, timeout_s: float, parameters: Mapping
 def _body(request: ChatRequest, max_tokens: int, choice: int) -> dict[str, Any]:
     body = {
         "model": request.model,
-        "messages": _messages(request),
+        "messages": [m.wire() for m in request.messages],
         "max_tokens": max_tokens,
         **request.sampling,
         **engine_fields(request),
@@ -224,24 +224,6 @@ def _body(request: ChatRequest, max_tokens: int, choice: int) -> dict[str, Any]:
     if choice and "seed" in body:
         body["seed"] += choice  # the same seed would make the same choice again
     return body
-
-
-def _messages(request: ChatRequest) -> list[dict[str, Any]]:
-    return [_message(m) for m in request.messages]
-
-
-def _message(message: Message) -> dict[str, Any]:
-    fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name is not None:
-        fields["name"] = message.name
-    if message.tool_call_id is not None:
-        fields["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        fields["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-            for c in message.tool_calls
-        ]
-    return fields
 
 
 def _chunk(content: bytes) -> Chunk:

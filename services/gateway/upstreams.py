@@ -39,10 +39,12 @@ GET = frozenset(("GET",))
 POST = frozenset(("POST",))
 
 ROUTES: tuple[Route, ...] = (
-    Route("/v1/chat/completions", "chat", scope="chat", methods=POST, exact=True),
+    Route("/v1/chat/completions", "chat", scope="chat", methods=GET | POST, exact=True),
     Route("/v1/chat/", "chat", scope="chat"),
     Route("/v1/completions", "chat", scope="chat", methods=POST, exact=True),
     Route("/v1/responses", "chat", scope="chat"),
+    Route("/v1/tokenize", "chat", scope="chat", methods=POST, exact=True),
+    Route("/chat/message", "chat", scope="chat", methods=POST, exact=True),
     Route("/v1/models", "chat", scope="models", methods=GET),
     Route("/v1/embeddings", "inference", scope="inference", methods=POST, exact=True),
     Route("/v1/rerank", "inference", scope="inference", methods=POST, exact=True),

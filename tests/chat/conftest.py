@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from tritonclient.grpc import service_pb2_grpc
 
 from services.chat.app import build
+from services.chat.cli import migrate_urls
 from services.chat.settings import ChatSettings
 from shared.clock import SystemClock
 from shared.grpc import create_server
@@ -25,7 +26,7 @@ from shared.rpc import billing_pb2_grpc, inference_pb2_grpc
 from shared.telemetry import GrpcMetrics
 from shared.web import Readiness
 from tests.chat.doubles import CatalogueDouble, Engine, Ledger, listen
-from tests.conftest import Components
+from tests.conftest import Components, role_url
 
 KEYS = f"k1:{base64.b64encode(b'c' * 32).decode()}"
 CALLER = Identity(kind="key", user_id="user", org_id="org", key_id="key", scopes=("chat", "models"))
@@ -100,12 +101,16 @@ async def running(components: Components) -> AsyncIterator[Chat]:
     billing_pb2_grpc.add_LedgerServicer_to_server(ledger, billing)
     inference = create_server(ring, GrpcMetrics(CollectorRegistry(), "inference"))
     inference_pb2_grpc.add_CatalogueServicer_to_server(catalogue, inference)
+    owner_url = components.create_database("chat")
+    database_url = role_url(owner_url, "tollgate_chat")
+    await asyncio.to_thread(migrate_urls, owner_url, database_url)
     settings = ChatSettings.model_validate(
         {
             "identity_keys": KEYS,
             "chat_http_listen": "127.0.0.1:0",
             "billing_grpc": await listen(billing),
             "inference_grpc": await listen(inference),
+            "chat_database_url": database_url,
             "redis_url": components.redis_url,
             "unleash_url": "http://127.0.0.1:9/api",  # nobody: Unleash is down from the start
             "unleash_token": "none",

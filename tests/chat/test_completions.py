@@ -246,7 +246,7 @@ async def test_the_openapi_document_describes_the_body_with_examples(chat: Chat)
     for example in content["examples"].values():
         assert (await chat.complete(**{**example["value"], "model": "small"})).status_code == 200
     assert {"200", "400", "401", "402", "403", "404", "429", "503"} <= set(operation["responses"])
-    assert "422" not in operation["responses"]
+    assert "HTTPValidationError" not in json.dumps(operation)
 
 
 @pytest.mark.parametrize(("flags", "is_joined"), [("01", True), ("00", False)])

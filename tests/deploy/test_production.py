@@ -28,7 +28,7 @@ from shared import telemetry
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("gateway", "auth", "billing", "chat", "inference")
-ONCE = ("auth-migrate", "billing-migrate", "prices", "flags")
+ONCE = ("auth-migrate", "billing-migrate", "chat-migrate", "prices", "flags")
 SECRETS = dict(generate())
 CHOSEN = {"TOLLGATE_PUBLIC_URL": "https://api.example.com"}
 VARIABLE = re.compile(r"\$\{(?P<name>[A-Z0-9_]+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
@@ -142,6 +142,7 @@ def settings_of(module: str) -> Iterator[type[BaseSettings]]:
         *((service, service, r"(?!Migration|Bootstrap|Database).*Settings") for service in SERVICES),
         ("auth-migrate", "auth", "MigrationSettings"),
         ("billing-migrate", "billing", "MigrationSettings"),
+        ("chat-migrate", "chat", "MigrationSettings"),
         ("prices", "billing", "DatabaseSettings"),
     ],
 )
@@ -161,7 +162,7 @@ def test_a_container_is_told_everything_that_its_settings_want(
 
 def test_only_migrations_know_the_owner_of_the_database(compose: Json) -> None:
     knowing = {n for n, s in compose["services"].items() if "TOLLGATE_DATABASE_URL" in s.get("environment", {})}
-    assert knowing == {"auth-migrate", "billing-migrate"}
+    assert knowing == {"auth-migrate", "billing-migrate", "chat-migrate"}
 
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is not installed")

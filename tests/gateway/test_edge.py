@@ -115,7 +115,7 @@ async def test_every_response_has_an_id_and_the_security_headers(gateway: Gatewa
         ("GET", "/v1/nothing", 404, "not_found"),
         ("GET", "/api/v2/nothing", 404, "not_found"),
         ("GET", "/metrics", 404, "not_found"),
-        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("GET", "/api/v1/auth/login", 405, "method_not_allowed"),
         ("POST", "/docs", 405, "method_not_allowed"),
         ("POST", "/v1/chat/completions", 401, "invalid_api_key"),

@@ -27,8 +27,18 @@ Events = AsyncGenerator[Event, None]
 class Answering(Response):
     """Sends `events` in a shape, as a stream or whole; closes them when the client leaves."""
 
-    def __init__(self, events: Events, shape: Shape, *, stream: bool, choices: int = 1, send_timeout_s: float) -> None:
+    def __init__(
+        self,
+        events: Events,
+        shape: Shape,
+        *,
+        stream: bool,
+        choices: int,
+        send_timeout_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
         super().__init__()
+        self._more_headers = dict(headers)
         self._source = events
         self._shape = shape
         self._is_stream = stream
@@ -91,7 +101,7 @@ class Answering(Response):
             (b"content-type", media_type.encode()),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
-            *((name.encode(), value.encode()) for name, value in more.items()),
+            *((name.encode(), value.encode()) for name, value in (self._more_headers | dict(more)).items()),
         ]
         if length is not None:
             headers.append((b"content-length", str(length).encode()))

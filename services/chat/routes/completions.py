@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, and what a prompt would cost: POST /v1/tokenize."""
+"""POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -6,37 +6,34 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from services.chat.routes import documents
-from services.chat.routes.answering import Answering
-from services.chat.routes.frames import ChatShape, new_id
+from services.chat.routes.desk import Desk
+from services.chat.routes.frames import ChatShape
 from services.chat.routes.schemas import parse
-from services.chat.service.completion import ChatService
-from shared.clock import Clock
+from services.chat.service.library import Draft
 from shared.web import Caller
 
 SCOPE = "chat"
+PREFIX = "chatcmpl"
 
 
-def create_router(service: ChatService, clock: Clock) -> APIRouter:
+def create_router(desk: Desk) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["chat"])
 
     @router.post("/chat/completions", summary="Create a chat completion", **documents.COMPLETION)
     async def create_chat_completion(request: Request, identity: Caller) -> Response:
         identity.require_scope(SCOPE)
-        asked = parse(await request.body(), service.limits)
-        shape = ChatShape(
-            id=new_id("chatcmpl"),
-            created=int(clock.now().timestamp()),
-            model=asked.model,
-            choices=asked.n,
-            include_usage=asked.include_usage,
-            metadata=asked.metadata or None,
-        )
-        return Answering(
-            service.complete(asked, identity),
-            shape,
-            stream=asked.stream,
-            choices=asked.n,
-            send_timeout_s=service.limits.send_timeout_s,
+        asked = parse(await request.body(), desk.service.limits)
+
+        def shape(id_: str, created: int) -> ChatShape:
+            metadata = asked.metadata or None
+            return ChatShape(id_, created, asked.model, asked.n, asked.include_usage, metadata)
+
+        def draft(id_: str) -> Draft:
+            messages = [m.wire() for m in asked.messages]
+            return Draft(id_, "completion", asked.model, messages, asked.metadata, asked.n)
+
+        return await desk.answer(
+            request, identity, asked, prefix=PREFIX, shape=shape, draft=draft if asked.store else None
         )
 
     return router

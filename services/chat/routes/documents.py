@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.chat.routes.bodies import Body
 from services.chat.routes.schemas import ChatCompletionBody
 
 _ASKED = {
@@ -16,6 +17,7 @@ _HEAD = {
     "created": 1763596800,
     "model": "chat-mini",
     "system_fingerprint": "chat-mini-q8_0",
+    "service_tier": "default",
 }
 _USAGE = {
     "prompt_tokens": 14,
@@ -26,10 +28,11 @@ _USAGE = {
 _RECEIPT = {
     "held": "0.0103",
     "settled": "0.0025",
+    "tokens": {"input": 14, "cached_input": 0, "output": 12},
     "build": "chat-mini-q8_0",
     "hold_id": "019aa0e3-5f4e-7c31-8a55-0c7f3a4b9d10",
 }
-_COMPLETION = {
+COMPLETION_EXAMPLE = {
     **_HEAD,
     "object": "chat.completion",
     "choices": [
@@ -49,22 +52,22 @@ _COMPLETION = {
 }
 _STREAM = (
     'data: {"id":"chatcmpl-…","object":"chat.completion.chunk","created":1763596800,"model":"chat-mini",'
-    '"system_fingerprint":"chat-mini-q8_0","choices":[{"index":0,"delta":{"role":"assistant","content":""},'
+    '"system_fingerprint":"chat-mini-q8_0","service_tier":"default","choices":[{"index":0,"delta":{"role":"assistant","content":""},'
     '"logprobs":null,"finish_reason":null}]}\n\n…\n\ndata: [DONE]\n\n'
 )
 
 
-def _error(description: str, type_: str, code: str, param: str | None = None) -> dict[str, Any]:
+def error(description: str, type_: str, code: str, param: str | None = None) -> dict[str, Any]:
     example = {"error": {"message": description, "type": type_, "param": param, "code": code}}
     return {"description": description, "content": {"application/json": {"example": example}}}
 
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: _error("The API key or token is missing or not valid.", "authentication_error", "invalid_api_key"),
-    403: _error("This needs the scope chat.", "permission_error", "insufficient_scope"),
-    429: _error("Too many requests. Wait as long as Retry-After says.", "rate_limit_error", "rate_limit_exceeded"),
+    401: error("The API key or token is missing or not valid.", "authentication_error", "invalid_api_key"),
+    403: error("This needs the scope chat.", "permission_error", "insufficient_scope"),
+    429: error("Too many requests. Wait as long as Retry-After says.", "rate_limit_error", "rate_limit_exceeded"),
 }
-_NO_MODEL = _error(
+_NO_MODEL = error(
     "The model `gpt-9` does not exist or you do not have access to it.",
     "invalid_request_error",
     "model_not_found",
@@ -83,14 +86,42 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     return schema
 
 
-def _body_schema() -> Any:
-    schema = ChatCompletionBody.model_json_schema()
+def _body_schema(body: type[Body] = ChatCompletionBody) -> Any:
+    schema = body.model_json_schema()
     return _inlined(schema, schema.get("$defs", {}))
+
+
+def asks(body: type[Body], example: Any) -> dict[str, Any]:
+    """A request's body, which the route reads by itself."""
+    content = {"application/json": {"schema": _body_schema(body), "example": example}}
+    return {"response_model": None, "openapi_extra": {"requestBody": {"required": True, "content": content}}}
+
+
+def answers(description: str, example: Any, media_type: str = "application/json") -> dict[int | str, Any]:
+    """The responses of a route, its refusals included."""
+    answer = {"description": description, "content": {media_type: {"example": example}}}
+    return {200: answer, 400: _INVALID, **_REFUSALS}
+
+
+_INVALID = error("Invalid value for 'limit': …", "invalid_request_error", "invalid_value", "limit")
+
+IDEMPOTENCY: dict[int | str, dict[str, Any]] = {
+    409: error(
+        "A request with this Idempotency-Key is under way. Retry for its answer.",
+        "conflict_error",
+        "request_in_progress",
+    ),
+    422: error(
+        "This Idempotency-Key was used for another request. Use a new one.",
+        "invalid_request_error",
+        "idempotency_mismatch",
+    ),
+}
 
 
 COMPLETION: dict[str, Any] = {
     "description": (
-        "OpenAI's chat completion. Unknown fields are ignored; known ones that are not served yet are refused by name "
+        "OpenAI's chat completion. Unknown fields are ignored; known ones that are not served are refused by name "
         "(`unsupported_parameter`) unless they carry their neutral value. Credits for the worst case are held before "
         "the engine starts, and what it produced is settled after: also when the client leaves in mid-stream. "
         "`system_fingerprint` is the build that served; `tollgate` is the receipt, in credits."
@@ -116,17 +147,18 @@ COMPLETION: dict[str, Any] = {
     "responses": {
         200: {
             "description": "The completion, or its chunks as server-sent events.",
-            "content": {"application/json": {"example": _COMPLETION}, "text/event-stream": {"example": _STREAM}},
+            "content": {"application/json": {"example": COMPLETION_EXAMPLE}, "text/event-stream": {"example": _STREAM}},
         },
-        400: _error("'tools' is not supported here yet.", "invalid_request_error", "unsupported_parameter", "tools"),
+        400: error("'functions' is not supported here.", "invalid_request_error", "unsupported_parameter", "functions"),
         **_REFUSALS,
-        402: _error(
+        402: error(
             "The wallet has not enough credits for this request. Add credits, or lower max_tokens.",
             "insufficient_quota",
             "insufficient_quota",
         ),
         404: _NO_MODEL,
-        503: _error("The model `chat-mini` is switched off by the operator.", "server_error", "model_disabled"),
+        **IDEMPOTENCY,
+        503: error("The model `chat-mini` is switched off by the operator.", "server_error", "model_disabled"),
     },
 }
 
@@ -136,6 +168,8 @@ _MODEL = {
     "created": 1763596800,
     "owned_by": "tollgate",
     "kind": "chat",
+    "state": "ready",
+    "capabilities": ["chat.completions", "streaming", "tools"],
     "description": "A small demonstration model.",
     "context_window": 1024,
     "prices": {

@@ -41,6 +41,9 @@ class Shape(Protocol):
     def document(self, choices: Sequence[Choice], event: Settled) -> bytes:
         """The whole answer of a request without a stream."""
 
+    def wire(self, choices: Sequence[Choice], event: Settled) -> dict[str, Any]:
+        """The same before it is written."""
+
 
 @dataclass(slots=True)
 class ChatShape:
@@ -85,6 +88,10 @@ class ChatShape:
         return event_bytes(openai_body(error))
 
     def document(self, choices: Sequence[Choice], event: Settled) -> bytes:
+        return orjson.dumps(self.wire(choices, event))
+
+    def wire(self, choices: Sequence[Choice], event: Settled) -> dict[str, Any]:
+        """The completion, as it is sent and as it is kept."""
         data = self._head("chat.completion")
         if self.metadata is not None:
             data["metadata"] = self.metadata
@@ -93,7 +100,7 @@ class ChatShape:
             "usage": usage(event.usage),
             "tollgate": receipt(event),
         }
-        return orjson.dumps(data)
+        return data
 
     def _chunk(
         self,

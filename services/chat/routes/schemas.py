@@ -33,6 +33,7 @@ TOP_LOGPROBS_MAX = 20
 BIASES_MAX = 300
 TOOL_CALLS_MAX = 128
 CALL_ID_CHARS_MAX = 64
+NO_NUL = r"^[^\x00]*$"  # which the database does not keep
 
 _ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -41,8 +42,8 @@ _TIERS = {"priority": Priority.PRIORITY, "flex": Priority.FLEX}
 
 Metadata = Annotated[
     dict[
-        Annotated[str, Field(max_length=METADATA_KEY_CHARS_MAX)],
-        Annotated[str, Field(max_length=METADATA_VALUE_CHARS_MAX)],
+        Annotated[str, Field(max_length=METADATA_KEY_CHARS_MAX, pattern=NO_NUL)],
+        Annotated[str, Field(max_length=METADATA_VALUE_CHARS_MAX, pattern=NO_NUL)],
     ],
     Field(max_length=METADATA_MAX),
 ]

@@ -46,7 +46,7 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     app = web.create_app(
         "billing", ring=ring, registry=registry, readiness=readiness, description="Wallets, prices and the ledger."
     )
-    open_storefront(app, settings, database, ledger)
+    tasks = open_storefront(app, settings, database, ledger, stack)
 
     server = grpc.create_server(ring, GrpcMetrics(registry, "billing"))
     add_LedgerServicer_to_server(Servicer(ledger, Prices(database)), server)
@@ -81,5 +81,6 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
             "gauges": gauges.run,
             "reconciler": reconciler.run,
             "partitions": partitions.run,
+            **tasks,
         },
     )

@@ -96,6 +96,38 @@ class OwnBudget(PermissionDenied):
     default_message = "A key cannot change its own budget. Use an access token, or another key."
 
 
+class TopUpNotFound(NotFound):
+    default_code = "topup_not_found"
+    default_message = "There is no top-up of this id in this wallet."
+
+
+class PaymentsNotOffered(NotFound):
+    default_code = "payments_not_offered"
+    default_message = "Credits cannot be bought this way here. Ask the operator."
+
+
+class ReferenceUsed(Conflict):
+    default_code = "reference_used"
+    default_message = "Another top-up has this reference: the same payment is not credited twice."
+
+
+class PaymentRefused(Unprocessable):
+    default_code = "payment_refused"
+    default_message = "The payment provider refused this top-up. Try another amount, or ask the operator."
+
+
+class PaymentUnavailable(Unavailable):
+    """Nobody knows what came of it: the same request again finds out."""
+
+    default_code = "payment_provider_unavailable"
+    default_message = "The payment provider does not answer right now. Retry with the same Idempotency-Key."
+
+
+class InvalidSignature(InvalidRequest):
+    default_code = "invalid_signature"
+    default_message = "The signature does not match this body, or is too old."
+
+
 class AmountTooLarge(InvalidRequest):
     default_code = "invalid_request"
     default_message = "The amount is larger than the ledger can hold."

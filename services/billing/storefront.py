@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
 from fastapi import FastAPI
 
+from services.billing.domain import parse_credits
 from services.billing.ledger.writer import Ledger
+from services.billing.payments.manual import ManualPayments
+from services.billing.payments.port import PaymentProvider
+from services.billing.payments.stripe import StripeAccount, StripePayments
 from services.billing.repository.database import Database
-from services.billing.routes import admin, budgets, prices, transactions, usage, wallet
-from services.billing.service import Budgets, History, Prices, Wallets
+from services.billing.routes import admin, budgets, prices, topups, transactions, usage, wallet
+from services.billing.service import Budgets, History, Prices, TopUps, TopUpTerms, Wallets
 from services.billing.storefront_settings import StorefrontSettings
+from shared.clock import SystemClock
 
-NOUNS = (wallet, transactions, usage, budgets, prices, admin)
+NOUNS = (wallet, transactions, usage, topups, budgets, prices, admin)
+
+Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
 
-def open_storefront(app: FastAPI, settings: StorefrontSettings, database: Database, ledger: Ledger) -> None:
-    """Give the application its services and routes."""
+def open_storefront(
+    app: FastAPI, settings: StorefrontSettings, database: Database, ledger: Ledger, stack: AsyncExitStack
+) -> Tasks:
+    """Give the application its services and routes; what has to run beside them."""
     app.state.wallets = Wallets(database, ledger)
     app.state.history = History(database, exports_max=settings.billing_exports_max)
     app.state.budgets = Budgets(database, ledger)
     app.state.prices = Prices(database)
+
+    providers = _providers(settings)
+    for provider in providers.values():
+        stack.push_async_callback(provider.close)
+    app.state.topups = TopUps(database, ledger, providers, _terms(settings), SystemClock())
+
     for noun in NOUNS:
         app.include_router(noun.router)
+    watch = partial(app.state.topups.watch, settings.billing_topup_watch_interval_s, settings.billing_topup_unchecked_s)
+    return {"topups": watch}
+
+
+def _providers(settings: StorefrontSettings) -> dict[str, PaymentProvider]:
+    providers: list[PaymentProvider] = [ManualPayments()]
+    if settings.stripe_secret_key is not None and settings.stripe_webhook_secret is not None:
+        account = StripeAccount(
+            secret_key=settings.stripe_secret_key.get_secret_value(),
+            webhook_secret=settings.stripe_webhook_secret.get_secret_value(),
+            api_url=settings.stripe_api_url,
+            return_url=settings.public_url,
+            timeout_s=settings.stripe_timeout_s,
+            retries_max=settings.stripe_retries_max,
+        )
+        providers.append(StripePayments(account))
+    return {provider.name: provider for provider in providers}
+
+
+def _terms(settings: StorefrontSettings) -> TopUpTerms:
+    return TopUpTerms(
+        currency=settings.topup_currency,
+        minor_nano_per_credit=parse_credits(settings.topup_price_minor),
+        amount_min=parse_credits(settings.topup_credits_min),
+        amount_max=parse_credits(settings.topup_credits_max),
+    )

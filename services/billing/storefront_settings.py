@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
+from services.billing.domain import parse_credits
+from shared.errors import TollgateError
 from shared.runtime import ServiceSettings
 
 
 class StorefrontSettings(ServiceSettings):
     """A part of billing's settings; secrets do not print."""
 
+    public_url: str = "http://127.0.0.1:8080"
+
     billing_exports_max: int = Field(default=4, ge=1)  # streams of a whole history at once, of one process
+
+    # Credits are sold when both of Stripe's secrets are there.
+    stripe_secret_key: SecretStr | None = None
+    stripe_webhook_secret: SecretStr | None = None
+    stripe_api_url: str = "https://api.stripe.com"
+    stripe_timeout_s: float = Field(default=10, gt=0)
+    stripe_retries_max: int = Field(default=2, ge=0, le=5)
+    topup_currency: str = Field(default="usd", pattern=r"^[a-z]{3}$")
+    topup_price_minor: str = "1"  # of one credit, in the currency's smallest unit (cents)
+    topup_credits_min: str = "100"
+    topup_credits_max: str = "1000000"
+    billing_topup_watch_interval_s: float = Field(default=30, gt=0)
+    billing_topup_unchecked_s: float = Field(default=300, gt=0)  # then the provider is asked how a payment stands
+
+    @field_validator("topup_price_minor", "topup_credits_min", "topup_credits_max")
+    @classmethod
+    def _is_decimal(cls, value: str) -> str:
+        try:
+            parse_credits(value)
+        except TollgateError as e:
+            raise ValueError(e.message) from None
+        return value

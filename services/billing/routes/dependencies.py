@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import Depends, Header, Request
 
 from services.billing.errors import IdempotencyKeyRequired
-from services.billing.service import Author, Budgets, History, Prices, Wallets
+from services.billing.service import Author, Budgets, History, Prices, TopUps, Wallets
 from shared.errors import PermissionDenied
 from shared.identity import Identity
 from shared.web import Caller
@@ -34,6 +34,11 @@ def history(request: Request) -> History:
 
 def budgets(request: Request) -> Budgets:
     found: Budgets = request.app.state.budgets
+    return found
+
+
+def topups(request: Request) -> TopUps:
+    found: TopUps = request.app.state.topups
     return found
 
 
@@ -105,6 +110,7 @@ def _id(text: str) -> UUID | None:
 WalletService = Annotated[Wallets, Depends(wallets)]
 HistoryService = Annotated[History, Depends(history)]
 BudgetService = Annotated[Budgets, Depends(budgets)]
+TopUpService = Annotated[TopUps, Depends(topups)]
 PriceService = Annotated[Prices, Depends(prices)]
 Reader = Annotated[Identity, Depends(reader)]
 Writer = Annotated[Identity, Depends(writer)]

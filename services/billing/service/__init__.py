@@ -4,4 +4,6 @@ from services.billing.service.author import Author as Author
 from services.billing.service.budgets import Budgets as Budgets
 from services.billing.service.history import History as History
 from services.billing.service.prices import Prices as Prices
+from services.billing.service.topups import TopUps as TopUps
+from services.billing.service.topups import TopUpTerms as TopUpTerms
 from services.billing.service.wallets import Wallets as Wallets

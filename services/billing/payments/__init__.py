@@ -1,0 +1,1 @@
+"""How credits are paid for: a port, and what is behind it."""

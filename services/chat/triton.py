@@ -124,6 +124,10 @@ class Generation:
     ) -> None:
         self._call.cancel()
 
+    def cancel(self) -> None:
+        """Stop the engine; also of a generation that nobody iterates over."""
+        self._call.cancel()
+
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
 

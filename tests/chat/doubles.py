@@ -123,6 +123,8 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
         self.settled: list[Any] = []
         self.voided: list[Any] = []
         self.covered: int | None = None
+        self.available_nano = 0
+        self.placing: asyncio.Event | None = None
         self.refusal: TollgateError | None = None
         self.outage: TollgateError | None = None
         self.prices_outage: TollgateError | None = None
@@ -133,6 +135,8 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
         return {h.hold_id for h in self.holds} <= {r.hold_id for r in (*self.settled, *self.voided)}
 
     async def Hold(self, request: Any, _: Any) -> Any:
+        if self.placing is not None:
+            await self.placing.wait()
         if self.refusal is not None:
             raise self.refusal
         tokens = request.worst_case.output_tokens
@@ -151,7 +155,7 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
         self.settled.append(request)
         self.resolved.set()
         cost = request.usage.input_tokens + request.usage.output_tokens
-        return billing_pb2.SettleReply(cost_nano=cost, settled_nano=cost)
+        return billing_pb2.SettleReply(cost_nano=cost, settled_nano=cost, available_nano=self.available_nano)
 
     async def Void(self, request: Any, _: Any) -> Any:
         self.voided.append(request)

@@ -33,7 +33,7 @@ from services.chat.service.events import Delta, Event, Finished, Receipt, Settle
 from services.chat.service.generation import Total, merged
 from services.chat.service.terms import Terms, Treasury
 from services.chat.service.watch import NO_BUILD, Watch
-from services.chat.triton import TritonClient
+from services.chat.triton import Generation, TritonClient
 from shared.errors import TollgateError
 from shared.flags import Flags
 from shared.identity import Identity
@@ -42,6 +42,25 @@ from shared.telemetry import ChatMetrics, get_logger
 log = get_logger(__name__)
 
 CREDITS = "credits"
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """Generations that began before their terms were agreed."""
+
+    max_tokens: int
+    generations: list[Generation]
+
+    def within(self, terms: Terms) -> _Early | None:
+        """Itself, when it is what was agreed; otherwise it is stopped."""
+        if terms.output_tokens == self.max_tokens:
+            return self
+        self.cancel()
+        return None
+
+    def cancel(self) -> None:
+        for generation in self.generations:
+            generation.cancel()
 
 
 @dataclass(slots=True)
@@ -54,6 +73,7 @@ class _Round:
     watch: Watch
     answers: list[Answer]
     total: Total
+    early: _Early | None
     reasons: dict[int, str] = field(default_factory=dict)
     began: bool = False
 
@@ -109,9 +129,11 @@ class ChatService:
             watch.build = chain[0].name
             async with AsyncExitStack() as stack:
                 build, lost = chain[0], self._loss_of(chain[0])
+                early = self._start_early(stack, request, caller, build)
                 terms = await self._treasury.terms(stack, request, caller, build, lost=lost)
+                early = early.within(terms) if early is not None else None
                 answers = [answer(request) for _ in range(request.n)]
-                work = _Round(request, caller, terms, watch, answers, Total(request.n))
+                work = _Round(request, caller, terms, watch, answers, Total(request.n), early)
                 async with aclosing(self._generate(work, chain)) as events:
                     async for event in events:
                         yield event
@@ -141,13 +163,12 @@ class ChatService:
                 return
 
     async def _by(self, build: Build, work: _Round) -> AsyncGenerator[Event, None]:
-        lost, request = self._loss_of(build), work.request
-        generations = [
-            self._triton.chat(
-                build, request, max_tokens=work.terms.output_tokens, tenant=work.caller.org_id, lost=lost, choice=i
-            )
-            for i in range(request.n)
-        ]
+        request, early, work.early = work.request, work.early, None
+        generations = (
+            early.generations
+            if early is not None
+            else self._open(build, request, work.caller, work.terms.output_tokens)
+        )
         async with aclosing(merged(generations)) as pieces:
             async for index, chunk in pieces:
                 usage = work.total.add(index, chunk.usage)
@@ -168,6 +189,25 @@ class ChatService:
                     yield Finished(index, reason)
         if len(work.reasons) < request.n:
             raise engine_failed("the stream ended without a finish_reason")
+
+    def _open(self, build: Build, request: ChatRequest, caller: Identity, max_tokens: int) -> list[Generation]:
+        """Start every choice."""
+        lost, tenant = self._loss_of(build), caller.org_id
+        return [
+            self._triton.chat(build, request, max_tokens=max_tokens, tenant=tenant, lost=lost, choice=i)
+            for i in range(request.n)
+        ]
+
+    def _start_early(
+        self, stack: AsyncExitStack, request: ChatRequest, caller: Identity, build: Build
+    ) -> _Early | None:
+        """Start while the hold is placed, for a wallet that is known to cover it; `stack` stops what nobody takes."""
+        max_tokens = self._treasury.may_start_early(request, caller, build)
+        if max_tokens is None:
+            return None
+        early = _Early(max_tokens, self._open(build, request, caller, max_tokens))
+        stack.callback(early.cancel)
+        return early
 
     def _chain(self, model: Model, caller: Identity) -> tuple[Build, ...]:
         """The builds to try, best first. Raises Unavailable."""
@@ -202,6 +242,7 @@ class ChatService:
         hold, build = work.terms.hold, work.watch.build
         assert work.watch.outcome is not None
         settled = await hold.settle(build=build, finish_reason=work.watch.outcome)
+        self._treasury.learn_wallet(work.request, work.caller, work.terms, settled)
         return Receipt(
             hold_id=str(hold.id),
             build=build,

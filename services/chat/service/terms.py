@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,14 +16,26 @@ from services.chat.triton import Lost, TritonClient
 from shared.errors import InvalidRequest, PaymentRequired, RateLimited, TollgateError
 from shared.identity import Identity
 from shared.limits import TokenLimiter, TokenSubject, token_headers
-from shared.metering import Hold, Metering, Price
+from shared.metering import Hold, Metering, Price, Receipt
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
 
 TEMPLATES_MAX = 1_000
+WALLETS_MAX = 10_000
+AMPLE_FACTOR = 100
+AMPLE_FOR_S = 60.0
 # Refusals of a bound that the count may yet avoid.
 _WORTH_COUNTING = frozenset({"insufficient_quota", "credits_reserved", "rate_limit_exceeded", TOKENS_ABOVE_LIMIT})
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A wallet as a settlement left it, and the price of a token in its hold."""
+
+    available_nano: int
+    nano_per_token: float
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +60,7 @@ class Treasury:
         self._tokens = tokens
         self._triton = triton
         self._limits = limits
+        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._templates: dict[tuple[str, str], Template | None] = {}
 
     async def prices(self, caller: Identity) -> dict[str, Price]:
@@ -65,11 +80,9 @@ class Treasury:
         First with the bound of the prompt. When that is refused, or does not fit the context, with its count.
         """
         asked = request.max_tokens
-        bound = self._bound(request, build)
-        wanted = self._limits.max_tokens_default if asked is None else asked
-        if bound is not None and bound + wanted <= build.context_tokens:
+        if (offer := self.offer(request, build)) is not None:
             try:
-                return await self._agree(stack, request, caller, bound, wanted, clamp=False)
+                return await self._agree(stack, request, caller, *offer, clamp=False)
             except (PaymentRequired, RateLimited, InvalidRequest) as e:
                 if e.code not in _WORTH_COUNTING:
                     raise
@@ -117,9 +130,39 @@ class Treasury:
             stack.push_async_exit(own.pop_all())
         return Terms(hold, prompt_tokens, covered, covered < output_tokens, headers)
 
-    def _bound(self, request: ChatRequest, build: Build) -> int | None:
+    def offer(self, request: ChatRequest, build: Build) -> tuple[int, int] | None:
+        """Prompt tokens at most and output tokens, of a request that surely fits the context; None without a count."""
         template = self._templates.get((build.name, build.triton_version))
-        return template.bound(request) if template is not None else None
+        bound = template.bound(request) if template is not None else None
+        wanted = self._limits.max_tokens_default if request.max_tokens is None else request.max_tokens
+        if bound is None or bound + wanted > build.context_tokens:
+            return None
+        return bound, wanted
+
+    def may_start_early(self, request: ChatRequest, caller: Identity, build: Build) -> int | None:
+        """Output tokens of each choice that the wallet covered many times over a moment ago; None: ask it first.
+
+        The engine may then begin while the hold is placed. Nothing is sent before it is there, and a refusal stops the
+        engine: what it could lose is the work of one hold's round trip.
+        """
+        known, offer = self._known.get((caller.org_id, request.model)), self.offer(request, build)
+        if known is None or offer is None or caller.tokens_per_minute:
+            return None
+        if time.monotonic() - known.at_s > AMPLE_FOR_S:
+            return None
+        needed_nano = known.nano_per_token * request.n * sum(offer)
+        return offer[1] if known.available_nano >= AMPLE_FACTOR * needed_nano else None
+
+    def learn_wallet(self, request: ChatRequest, caller: Identity, terms: Terms, settled: Receipt | None) -> None:
+        """Remember what a settlement left in the wallet."""
+        key = (caller.org_id, request.model)
+        self._known.pop(key, None)
+        if settled is None:
+            return
+        tokens = request.n * (terms.prompt_tokens + terms.output_tokens)
+        self._known[key] = _Known(settled.available_nano, terms.hold.amount_nano / tokens, time.monotonic())
+        if len(self._known) > WALLETS_MAX:
+            self._known.popitem(last=False)
 
     async def _learn(self, build: Build, lost: Lost) -> None:
         """Measure a build's template, once; an engine that is away is asked again with the next request."""

@@ -1,0 +1,77 @@
+"""The engine begins while the hold is placed, for a wallet that was ample a moment ago; nothing is sent before it."""
+
+import asyncio
+
+import pytest
+
+from shared.errors import PaymentRequired
+from tests.chat.conftest import Chat, asking, until
+from tests.chat.doubles import for_ever
+
+AMPLE_NANO = 10**6
+
+
+@pytest.fixture
+async def ample(chat: Chat) -> Chat:
+    """The service, which has just seen a large wallet."""
+    chat.ledger.available_nano = AMPLE_NANO
+    await chat.complete()
+    chat.engine.reset()
+    return chat
+
+
+async def test_the_engine_need_not_wait_for_the_hold_but_the_client_does(ample: Chat) -> None:
+    ample.ledger.placing = asyncio.Event()
+    asked = asyncio.create_task(ample.complete(stream=True))
+
+    async def generated() -> bool:
+        return ample.engine.sent > 0
+
+    await until(generated)
+    assert not asked.done()
+    ample.ledger.placing.set()
+    answer = await asked
+    assert "three" in answer.text
+    assert len(ample.engine.generated) == 1
+    assert ample.ledger.settled[-1].usage.output_tokens == 3
+
+
+async def test_a_refused_hold_stops_the_engine(ample: Chat) -> None:
+    ample.engine.chat = for_ever
+    ample.ledger.refusal = PaymentRequired()
+    answer = await ample.complete()
+    assert answer.status_code == 402
+    await asyncio.wait_for(ample.engine.stopped.wait(), 5)
+
+
+async def test_a_hold_that_covers_less_begins_anew_with_less(ample: Chat) -> None:
+    ample.ledger.covered = 5
+    assert (await ample.complete()).status_code == 200
+    assert [r["max_tokens"] for r in ample.engine.generated] == [40, 5]
+
+
+async def test_a_client_that_leaves_during_the_hold_stops_the_engine(ample: Chat) -> None:
+    ample.engine.chat, ample.ledger.placing = for_ever, asyncio.Event()
+    async with ample.client() as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+        await asyncio.wait_for(ample.engine.begun.wait(), 5)
+        asked.cancel()
+        await asyncio.wait_for(ample.engine.stopped.wait(), 5)
+    ample.ledger.placing.set()
+
+
+@pytest.mark.parametrize("available_nano", [0, 100, 5_000])
+async def test_a_wallet_that_may_not_cover_it_is_asked_first(chat: Chat, available_nano: int) -> None:
+    chat.ledger.available_nano = available_nano
+    await chat.complete()
+    chat.ledger.refusal = PaymentRequired()
+    chat.engine.reset()
+    assert (await chat.complete()).status_code == 402
+    assert chat.engine.generated == []
+
+
+async def test_a_key_with_a_token_limit_is_asked_first(ample: Chat) -> None:
+    ample.ledger.refusal = PaymentRequired()
+    async with ample.client(tokens_per_minute=10**6, limit_id="l") as client:
+        assert (await client.post("/v1/chat/completions", json=asking())).status_code == 402
+    assert ample.engine.generated == []

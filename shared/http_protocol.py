@@ -37,7 +37,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
-        self._is_in_head = False
+        self.is_in_head = False
         self._is_refused = False
         self._head_bytes = 0
         self._has_progressed = False
@@ -54,7 +54,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._bytes_without_progress = 0 if self._has_progressed else self._bytes_without_progress + len(data)
         if self._bytes_without_progress > HEAD_BYTES_MAX and not self._is_refused:
             self._refuse()
-        elif self._is_in_head and self._head_timer is None:
+        elif self.is_in_head and self._head_timer is None:
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -71,7 +71,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def begin_head(self) -> None:
         """A head comes: count it, and time it."""
-        self._is_in_head = True
+        self.is_in_head = True
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -80,7 +80,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
-        if self._is_in_head:  # a trailer is no header
+        if self.is_in_head:  # a trailer is no header
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -90,7 +90,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def end_head(self) -> None:
         """The head is complete."""
         self._has_progressed = True
-        self._is_in_head = False
+        self.is_in_head = False
         if self._head_timer is not None:
             self._head_done()
 

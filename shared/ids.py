@@ -18,9 +18,34 @@ def uuid7(unix_ms: int | None = None) -> UUID:
     return UUID(int=(ms & ((1 << 48) - 1)) << 80 | 0x7 << 76 | rand_a << 64 | 0b10 << 62 | rand_b)
 
 
+class _Randomness:
+    """Random bytes, RESERVE_BYTES at a time: a system call each costs more than the rest of an id."""
+
+    RESERVE_BYTES = 8_000
+    BYTES = 10
+
+    def __init__(self) -> None:
+        self._reserve = b""
+        self._used = 0
+        os.register_at_fork(after_in_child=self._forget)
+
+    def take(self) -> str:
+        """BYTES of them as hexadecimal digits."""
+        if self._used >= len(self._reserve):
+            self._reserve, self._used = os.urandom(self.RESERVE_BYTES), 0
+        self._used += self.BYTES
+        return self._reserve[self._used - self.BYTES : self._used].hex()
+
+    def _forget(self) -> None:
+        self._reserve, self._used = b"", 0
+
+
+_randomness = _Randomness()
+
+
 def request_id() -> str:
-    """A new request id: `req_` and 32 hexadecimal digits."""
-    return f"req_{uuid7().hex}"
+    """A new request id: `req_` and 32 hexadecimal digits: 12 of milliseconds, so that they sort by time, 20 random."""
+    return f"req_{time.time_ns() // 1_000_000:012x}{_randomness.take()}"
 
 
 def accepted_request_id(offered: str | None) -> str:

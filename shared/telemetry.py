@@ -66,10 +66,17 @@ class HttpMetrics:
             "tollgate_http_requests_in_flight", "Requests being answered.", ["service"], registry=registry
         ).labels(service)
         self._service = service
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # finding one by its labels is slow
 
     def observe(self, method: str, route: str, status: int, duration_s: float) -> None:
-        self.requests.labels(self._service, method, route, str(status)).inc()
-        self.duration_s.labels(self._service, method, route).observe(duration_s)
+        series = self._series.get((method, route, status))
+        if series is None:
+            series = self._series[method, route, status] = (
+                self.requests.labels(self._service, method, route, str(status)),
+                self.duration_s.labels(self._service, method, route),
+            )
+        series[0].inc()
+        series[1].observe(duration_s)
 
 
 class GrpcMetrics:

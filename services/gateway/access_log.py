@@ -47,7 +47,7 @@ class AccessLog:
             self._due -= 1
         identity = exchange.identity
         line = {
-            "timestamp": datetime.fromtimestamp(ended_at_s, UTC).isoformat(),
+            "timestamp": datetime.fromtimestamp(ended_at_s, UTC),
             "level": "info",
             "service": self._service,
             "logger": "access",
@@ -60,7 +60,9 @@ class AccessLog:
             "complete": exchange.complete,
         }
         if identity is not None:
-            line |= {"user_id": identity.user_id, "org_id": identity.org_id, "key_id": identity.key_id}
+            line["user_id"] = identity.user_id
+            line["org_id"] = identity.org_id
+            line["key_id"] = identity.key_id
         if exchange.span is not None:
             context = exchange.span.get_span_context()
             line |= {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}

@@ -47,7 +47,6 @@ class Edge:
         if self._is_public_tls:
             exchange.extra_headers.append(TRANSPORT_POLICY)
         started = time.perf_counter()
-        self._metrics.in_flight.inc()
         try:
             await self._answer(exchange)
         except TollgateError as e:
@@ -56,7 +55,6 @@ class Edge:
             log.exception("request_crashed", request_id=exchange.request_id, endpoint=exchange.route)
             await exchange.fail(Internal())
         finally:
-            self._metrics.in_flight.dec()
             duration_s = time.perf_counter() - started
             self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
             if exchange.route not in Pages.UNLOGGED:

@@ -63,14 +63,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver: Receiver | None = None
         self._headers: RawHeaders = []
         self._is_interim = self._has_head = self._has_ended = self._until_close = self._is_request_complete = False
+        self._is_last = self._is_held = False
         self._unparsed = 0
         self.is_reusable = True
         self.idle_since_s = 0.0
+        self.loop_time_s = asyncio.get_running_loop().time
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # comes with connection_made
 
-    def send(self, receiver: Receiver, data: bytes, *, is_complete: bool) -> None:
-        """Begin a request: its head, and its body as far as it is there."""
+    def send(self, receiver: Receiver, data: bytes, *, is_complete: bool, is_last: bool = False) -> None:
+        """Begin a request: its head, and its body as far as it is there. `is_last`: it asked to close afterwards."""
         self._receiver = receiver
+        self._is_last = is_last
         self._has_head = self._has_ended = self._until_close = False
         self._is_request_complete = is_complete
         self._unparsed = 0
@@ -81,6 +84,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_request_complete = is_complete
         if data:
             self.transport.write(data)
+
+    def hold_reading(self, is_held: bool) -> None:
+        """Read no more for now, or again."""
+        if is_held != self._is_held:
+            self._is_held = is_held
+            self.transport.pause_reading() if is_held else self.transport.resume_reading()
 
     def abandon(self) -> None:
         """Hang up at once: nobody waits for the response any more."""
@@ -172,8 +181,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _end(self) -> None:
         receiver, self._receiver = self._receiver, None
-        if self.is_reusable and self._is_request_complete and not self.transport.is_closing():
-            self.transport.resume_reading()
+        if self.is_reusable and self._is_request_complete and not self._is_last and not self.transport.is_closing():
+            self.hold_reading(False)
             self._pool.give_back(self)
         else:
             self._close()
@@ -251,7 +260,7 @@ class Pool:
         if self._is_retired:
             connection.abandon()
             return
-        connection.idle_since_s = asyncio.get_running_loop().time()
+        connection.idle_since_s = connection.loop_time_s()
         self._idle.append(connection)
         self._on_room()
 

@@ -68,7 +68,11 @@ class EdgeProtocol(GuardedHttpProtocol):
         self.begin_head()
         self.url = b""
         self.headers = []
-        self.expect_100_continue = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # What a head may hold is counted once it is complete; one that never is, by what comes without progress.
+        if self.is_in_head:
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self._is_deaf:
@@ -176,10 +180,11 @@ class EdgeProtocol(GuardedHttpProtocol):
 
     def _hand_to_uvicorn(self) -> None:
         """Let uvicorn make its scope of what we have gathered."""
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        url, headers = self.url, self.headers
         super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects
-        self.headers.extend(headers)
+        self.url = url
+        for name, value in headers:
+            super().on_header(name, value)
         super().on_headers_complete()
         if self._is_draining:
             self.cycle.keep_alive = False

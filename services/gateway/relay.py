@@ -120,6 +120,7 @@ class Relay:
         self._signed: dict[tuple[str, str, str], tuple[float, Identity, bytes]] = {}
         self._active: set[Relayed] = set()
         self._encoded: tuple[RawHeaders, bytes] = ([], b"")
+        http_metrics.in_flight.set_function(lambda: len(self._active))
         self._is_sweeping = False
 
     def began(self, exchange: Relayed) -> None:
@@ -129,7 +130,6 @@ class Relay:
         exchange.due_s = now_s + self.timeouts.idle_s
         exchange.end_s = now_s + self.timeouts.total_s
         self._active.add(exchange)
-        self._metrics.in_flight.inc()
         if not self._is_sweeping:
             self._is_sweeping = True
             self.loop.call_later(SWEEP_S, self._sweep)
@@ -137,7 +137,6 @@ class Relay:
     def ended(self, exchange: Relayed, lease: Lease | None) -> None:
         """A request was answered, or never will be."""
         self._active.discard(exchange)
-        self._metrics.in_flight.dec()
         if lease is not None:
             self.admission.release(lease)
         duration_s = self.now_s() - exchange.began_s

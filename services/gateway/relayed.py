@@ -149,8 +149,7 @@ class Relayed(Exchange):
     def client_full(self, is_full: bool) -> None:
         """The client takes the response more slowly than it comes, or keeps up again."""
         if self._connection is not None:
-            transport = self._connection.transport
-            transport.pause_reading() if is_full else transport.resume_reading()
+            self._connection.hold_reading(is_full)
 
     def client_gone(self) -> None:
         """The client hung up: nobody is left to answer."""

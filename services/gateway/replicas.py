@@ -258,7 +258,7 @@ class _Fetch:
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> tuple[int, bytes]:
-        self._connection.send(self, self._head, is_complete=True)
+        self._connection.send(self, self._head, is_complete=True, is_last=self._is_probe)
         try:
             await self._done
         except BaseException:

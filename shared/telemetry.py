@@ -243,6 +243,12 @@ class AuthMetrics:
         self.outbox_pending = Gauge(
             "tollgate_auth_outbox_pending", "Key events not yet delivered to Redis.", registry=registry
         )
+        self.emails = Counter(
+            "tollgate_auth_emails_total",
+            "E-mails by result: sent, retried, given_up, dropped (nobody should get one).",
+            ["result"],
+            registry=registry,
+        )
         self.password_jobs = Gauge(
             "tollgate_auth_password_jobs", "Password hashes being computed or waiting for a thread.", registry=registry
         )

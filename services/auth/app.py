@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 
 import argon2
 from fastapi import FastAPI
@@ -11,20 +13,22 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth import tasks
-from services.auth.clients import ChangeChannel, UsageStream
+from services.auth.clients import ChangeChannel, Mailer, UsageStream
 from services.auth.errors import SigningKeyUnreadable
-from services.auth.routes import admin, jwks, keys, organizations, service_accounts, sessions, users
+from services.auth.routes import admin, jwks, keys, organizations, registration, service_accounts, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
 from services.auth.service.attempts import AttemptLimits, Attempts
 from services.auth.service.bootstrap import Bootstrap
+from services.auth.service.email import Email, EmailLimits
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
 from services.auth.service.organizations import OrganizationLimits, Organizations
 from services.auth.service.outbox import Outbox, OutboxLimits
 from services.auth.service.passwords import Passwords
+from services.auth.service.registration import Registration
 from services.auth.service.revocations import Revocations
 from services.auth.service.service_accounts import ServiceAccounts
 from services.auth.service.sessions import SessionLimits, Sessions
@@ -52,20 +56,28 @@ async def build(settings: AuthSettings, stack: AsyncExitStack, readiness: Readin
         services = await compose(settings, stack, readiness, clock=clock, registry=registry)
     except SigningKeyUnreadable as e:
         raise SystemExit(f"auth: {e.message}") from None
-    return Service(
-        http=[HttpServer(create_app(settings, services, readiness, clock, registry), settings.auth_http_listen)],
-        tasks={
-            "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
-            "key_usage": partial(tasks.note_key_usage, services.key_usage, settings.auth_key_usage_interval_ms),
-            "prune_key_usage": partial(tasks.prune, services.key_usage.prune, settings.auth_prune_interval_s),
-            "signing_keys": partial(
-                tasks.keep_signing_keys, services.signing_keys, settings.auth_signing_key_refresh_interval_s
-            ),
-            "prune_sessions": partial(tasks.prune, services.sessions.prune, settings.auth_prune_interval_s),
-            "prune_outbox": partial(tasks.prune, services.outbox.prune, settings.auth_outbox_prune_interval_s),
-            "prune_attempts": partial(tasks.prune, services.attempts.prune, settings.auth_prune_interval_s),
-        },
-    )
+    app = create_app(settings, services, readiness, clock, registry)
+    return Service(http=[HttpServer(app, settings.auth_http_listen)], tasks=_background(settings, services))
+
+
+def _background(settings: AuthSettings, services: Services) -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
+    prunes: dict[str, Callable[[], Awaitable[bool]]] = {
+        "prune_sessions": services.sessions.prune,
+        "prune_attempts": services.attempts.prune,
+        "prune_key_usage": services.key_usage.prune,
+        "prune_email": services.email.prune,
+    }
+    email = {"email": partial(tasks.send_emails, services.email, settings.auth_email_interval_ms)}
+    return {
+        "outbox": partial(tasks.deliver_outbox, services.outbox, settings.auth_outbox_interval_ms),
+        "prune_outbox": partial(tasks.prune, services.outbox.prune, settings.auth_outbox_prune_interval_s),
+        "key_usage": partial(tasks.note_key_usage, services.key_usage, settings.auth_key_usage_interval_ms),
+        "signing_keys": partial(
+            tasks.keep_signing_keys, services.signing_keys, settings.auth_signing_key_refresh_interval_s
+        ),
+        **{name: partial(tasks.prune, prune, settings.auth_prune_interval_s) for name, prune in prunes.items()},
+        **(email if settings.auth_smtp_url is not None else {}),
+    }
 
 
 def create_app(
@@ -75,7 +87,7 @@ def create_app(
     ring = IdentityRing(settings.identity_keys.get_secret_value(), clock)
     app = web.create_app("auth", ring=ring, registry=registry, readiness=readiness, description=DESCRIPTION)
     app.state.services = services
-    for module in (users, sessions, organizations, service_accounts, keys, admin, jwks):
+    for module in (registration, users, sessions, organizations, service_accounts, keys, admin, jwks):
         app.include_router(module.router)
     return app
 
@@ -116,6 +128,8 @@ async def compose(
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
     keys_of = Keys(sessions_of, peppers, outbox, clock, metrics, per_org_max=settings.auth_keys_per_org_max)
     limits = _session_limits(settings)
+    email = _email(settings, sessions_of, clock, metrics)
+    mode = settings.auth_registration
     return Services(
         clock=clock,
         access=Access(sessions_of, clock),
@@ -125,6 +139,8 @@ async def compose(
         tokens=tokens,
         signing_keys=signing_keys,
         keys=keys_of,
+        registration=Registration(sessions_of, mode, accounts, passwords, email, outbox, clock),
+        email=email,
         revocations=Revocations(sessions_of, peppers, outbox, clock, metrics),
         organizations=_organizations(settings, sessions_of, outbox, clock),
         admin=Admin(sessions_of, keys_of, outbox, clock),
@@ -180,6 +196,27 @@ def _attempts(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSessi
         prune_batch_max=settings.auth_prune_batch_max,
     )
     return Attempts(sessions_of, settings.secret_key, clock, limits)
+
+
+def _email(
+    settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], clock: Clock, metrics: AuthMetrics
+) -> Email:
+    timeout_s = settings.auth_smtp_timeout_s
+    mailer = None
+    if settings.auth_smtp_url is not None:
+        mailer = Mailer(settings.auth_smtp_url.get_secret_value(), settings.auth_email_from, timeout_s)
+    limits = EmailLimits(
+        link_url=settings.auth_email_link_url,
+        verification_ttl_s=settings.auth_email_verification_ttl_s,
+        reset_ttl_s=settings.auth_password_reset_ttl_s,
+        waiting_max=settings.auth_email_waiting_max,
+        per_address_hourly_max=settings.auth_email_per_address_hourly_max,
+        attempts_max=settings.auth_email_attempts_max,
+        retry_base_s=settings.auth_email_retry_base_s,
+        send_timeout_s=timeout_s,
+        prune_batch_max=settings.auth_prune_batch_max,
+    )
+    return Email(sessions_of, mailer, clock, metrics, limits)
 
 
 def _organizations(

@@ -1,4 +1,4 @@
-"""Redis: where gateways look keys up, hear of changes, and leave word of what was used.
+"""Redis: where gateways look keys up, hear of changes, and leave word of what was used; and the mail server.
 
 Per change, in this order: the version of the key or session goes up (never down, so that a late delivery does no
 harm); of a key, the cached record goes, and every gateway hears the digest. From the first of the three on, no
@@ -11,16 +11,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from email.message import EmailMessage
+from email.utils import formatdate, make_msgid
 from typing import Any
+from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
+import aiosmtplib
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from services.auth.domain import DailyUse, Event, KeyEvent
-from services.auth.errors import RedisDown
+from services.auth.domain.mails import Mail
+from services.auth.errors import MailNotSent, RedisDown
 from shared import access_tokens, apikeys
 
+SMTP_PORTS = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 _RAISE_VERSION = """
 local held = tonumber(redis.call('GET', KEYS[1]) or '0') or 0
 if tonumber(ARGV[1]) > held then
@@ -28,6 +34,43 @@ if tonumber(ARGV[1]) > held then
 end
 return 1
 """
+
+
+class Mailer:
+    """Hands messages to a mail server: `smtp://` (in the clear, or STARTTLS where it is offered), `smtp+starttls://`
+    (STARTTLS or nothing), `smtps://` (TLS from the start); user and password in the URL.
+    """
+
+    def __init__(self, url: str, sender: str, timeout_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in SMTP_PORTS or not parts.hostname:
+            raise ValueError(f"wants {', '.join(f'{scheme}://host' for scheme in SMTP_PORTS)}")
+        self._options: dict[str, Any] = {
+            "hostname": parts.hostname,
+            "port": parts.port or SMTP_PORTS[parts.scheme],
+            "username": unquote(parts.username) if parts.username else None,
+            "password": unquote(parts.password) if parts.password else None,
+            "use_tls": parts.scheme == "smtps",
+            "start_tls": {"smtps": False, "smtp+starttls": True}.get(parts.scheme),
+            "timeout": timeout_s,
+        }
+        self._sender = sender
+
+    async def send(self, mail: Mail) -> None:
+        """Raises MailNotSent."""
+        message = EmailMessage()
+        message["From"], message["To"], message["Subject"] = self._sender, mail.address, mail.subject
+        message["Date"], message["Message-ID"] = formatdate(), make_msgid(domain=self._sender.rpartition("@")[2])
+        message["Auto-Submitted"] = "auto-generated"
+        message.set_content(mail.text)
+        message.add_alternative(mail.html, subtype="html")
+        try:
+            await aiosmtplib.send(message, **self._options)
+        except aiosmtplib.SMTPRecipientsRefused as e:
+            permanent = all(500 <= refusal.code < 600 for refusal in e.recipients)
+            raise MailNotSent(detail=type(e).__name__, permanent=permanent) from e
+        except (aiosmtplib.SMTPException, OSError, TimeoutError) as e:
+            raise MailNotSent(detail=type(e).__name__, permanent=False) from e
 
 
 class ChangeChannel:

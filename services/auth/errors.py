@@ -180,6 +180,38 @@ class WeakPassword(InvalidRequest):
     default_message = "password: choose one that is harder to guess."
 
 
+class RegistrationClosed(PermissionDenied):
+    default_code = "registration_closed"
+    default_message = "Here operators make accounts. Ask one for yours."
+
+
+class EmailNotConfigured(Conflict):
+    default_code = "email_not_configured"
+    default_message = "This installation sends no e-mail. Ask an operator."
+
+
+class EmailBusy(Unavailable):
+    default_code = "email_busy"
+    default_message = "Too many messages wait to be sent. Retry later."
+
+
+class InvalidEmailToken(InvalidRequest):
+    """One answer for an unknown, used or expired token."""
+
+    default_code = "invalid_email_token"
+    default_message = "token: this is not valid any more; ask for a new message."
+
+
+class MailNotSent(Unavailable):
+    """The mail server did not take a message. Never reaches a client. `permanent`: trying again is no use."""
+
+    default_code = "mail_not_sent"
+
+    def __init__(self, *, detail: str, permanent: bool) -> None:
+        super().__init__(detail=detail)
+        self.permanent = permanent
+
+
 class RedisDown(Unavailable):
     """Redis does not answer. Never reaches a client: what it missed is delivered later."""
 

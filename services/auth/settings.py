@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+from typing import Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services.auth.domain import RegistrationMode
 from shared.runtime import ServiceSettings
 
 SECRET_KEY_BYTES = 32
@@ -39,6 +41,20 @@ class AuthSettings(ServiceSettings):
     auth_service_accounts_per_org_max: int = Field(default=100, ge=1)
     auth_invitations_per_org_max: int = Field(default=100, ge=1)
     auth_invitation_ttl_s: int = Field(default=7 * 86_400, ge=60)
+
+    # E-mail: nothing is sent without a server. With registration `verified` there must be one.
+    auth_registration: RegistrationMode = RegistrationMode.OPEN
+    auth_smtp_url: SecretStr | None = None
+    auth_smtp_timeout_s: int = Field(default=15, ge=1)
+    auth_email_from: str = "tollgate@localhost"
+    auth_email_link_url: str = ""
+    auth_email_verification_ttl_s: int = Field(default=86_400, ge=60)
+    auth_password_reset_ttl_s: int = Field(default=1_800, ge=60)
+    auth_email_waiting_max: int = Field(default=10_000, ge=1)
+    auth_email_per_address_hourly_max: int = Field(default=5, ge=1)
+    auth_email_attempts_max: int = Field(default=8, ge=1)
+    auth_email_retry_base_s: int = Field(default=15, ge=1)
+    auth_email_interval_ms: int = Field(default=1_000, ge=1)
 
     # Failed sign-ins: how many are free, then waits that double; all forgotten after a while. See docs/auth.md.
     auth_sign_in_pair_free: int = Field(default=5, ge=1)
@@ -72,6 +88,12 @@ class AuthSettings(ServiceSettings):
     def _is_aes_256(cls, value: SecretStr) -> SecretStr:
         _decode_secret_key(value)
         return value
+
+    @model_validator(mode="after")
+    def _verifies_by_email(self) -> Self:
+        if self.auth_registration is RegistrationMode.VERIFIED and self.auth_smtp_url is None:
+            raise ValueError("TOLLGATE_AUTH_REGISTRATION=verified wants TOLLGATE_AUTH_SMTP_URL")
+        return self
 
     @property
     def secret_key(self) -> bytes:

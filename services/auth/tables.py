@@ -109,6 +109,7 @@ class UserRow(Base):
     updated_at: Mapped[datetime] = mapped_column(server_default=NOW)
     kind: Mapped[str] = mapped_column(server_default="person")
     display_name: Mapped[str | None]
+    email_verified_at: Mapped[datetime | None]
 
 
 class UserRoleRow(Base):
@@ -298,6 +299,44 @@ class SessionOutboxRow(Base):
     delivered_at: Mapped[datetime | None]
 
 
+class EmailOutboxRow(Base):
+    """A message to be sent when `due_at` comes; null once that is done. There is no token in it."""
+
+    __tablename__ = "email_outbox"
+    __table_args__ = (
+        CheckConstraint("purpose IN ('register', 'verify', 'reset')", name="purpose"),
+        Index(None, "due_at"),
+        Index(None, "address", "created_at"),
+        Index(None, "created_at"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    address: Mapped[str]
+    payload: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    created_at: Mapped[datetime]
+    due_at: Mapped[datetime | None]
+    attempts: Mapped[int] = mapped_column(server_default=text("0"))
+
+
+class EmailTokenRow(Base):
+    """A token that was sent, by its SHA-256; it goes when it is used. A registration's account waits in `payload`."""
+
+    __tablename__ = "email_token"
+    __table_args__ = (
+        CheckConstraint("purpose IN ('register', 'verify', 'reset')", name="purpose"),
+        Index(None, "user_id"),
+        Index(None, "expires_at"),
+    )
+
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    address: Mapped[str]
+    user_id: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
+    payload: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
+    expires_at: Mapped[datetime]
+
+
 class SigningKeyRow(Base):
     """A key that signs access tokens. The private half is AES-256-GCM, nonce first, bound to `kid`.
 
@@ -351,6 +390,8 @@ SERVICE_GRANTS = {
     "key_usage": "SELECT, INSERT, UPDATE, DELETE",
     "key_outbox": "SELECT, INSERT, UPDATE, DELETE",
     "session_outbox": "SELECT, INSERT, UPDATE, DELETE",
+    "email_outbox": "SELECT, INSERT, UPDATE, DELETE",
+    "email_token": "SELECT, INSERT, DELETE",
     "signing_key": "SELECT, INSERT, UPDATE",
     "audit_log": "SELECT, INSERT",
 }

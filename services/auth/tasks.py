@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.auth.errors import RedisDown, SigningKeyUnreadable
+from services.auth.service.email import Email
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.outbox import Outbox
 from services.auth.service.signing import SigningKeys
@@ -26,6 +27,13 @@ async def deliver_outbox(outbox: Outbox, interval_ms: int) -> None:
 async def note_key_usage(key_usage: KeyUsage, interval_ms: int) -> None:
     """Take what gateways noted, then look again every `interval_ms`."""
     await _over_redis("key_usage", key_usage.note_batch, interval_ms)
+
+
+async def send_emails(email: Email, interval_ms: int) -> None:
+    """Carry out what is due, then look again every `interval_ms`."""
+    while True:
+        if not await email.send_due():
+            await asyncio.sleep(interval_ms / 1000)
 
 
 async def keep_signing_keys(keys: SigningKeys, interval_s: float) -> None:

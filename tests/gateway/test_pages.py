@@ -12,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.auth.clients import UsageStream
+from services.auth.domain import DailyUse
 from services.gateway.openapi import merge
 from services.gateway.upstreams import ROUTES, RouteTable
 from shared.apikeys import USAGE_STREAM
@@ -188,19 +189,25 @@ async def test_auth_reads_from_them_when_a_key_was_last_used(
 ) -> None:
     """Both halves as they are: the gateway's writer, auth's reader."""
     stream = UsageStream(redis)
-    while (await stream.read(1_000))[0]:  # what earlier tests left; the first may only have made the group
+    while (await stream.read(1_000)).events:  # what earlier tests left; the first may only have made the group
         pass
     key = await directory.create_key()
     began = datetime.now(UTC)
     assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
     uses: dict[UUID, datetime] = {}
+    daily: dict[UUID, list[DailyUse]] = {}
 
     async def arrived() -> bool:
-        uses.update((await stream.read(1_000))[1])
+        batch = await stream.read(1_000)
+        uses.update(batch.last_uses)
+        daily.update(batch.daily_uses)
         return key.key_id in uses
 
     await eventually(arrived)
     assert began <= uses[key.key_id] <= datetime.now(UTC)
+    [use] = daily[key.key_id]
+    assert (use.day, use.requests, use.client_errors) == (uses[key.key_id].date(), 1, 0)
+    assert use.bytes_out > 0
 
 
 async def _events(redis: Redis, request_id: str) -> list[dict[str, Any]]:

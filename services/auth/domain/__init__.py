@@ -31,6 +31,14 @@ class UserStatus(StrEnum):
     DISABLED = "disabled"
 
 
+class RegistrationMode(StrEnum):
+    """`open`: an account at once. `verified`: when the address is proven. `closed`: operators make accounts."""
+
+    OPEN = "open"
+    VERIFIED = "verified"
+    CLOSED = "closed"
+
+
 class KeyStatus(StrEnum):
     ACTIVE = "active"
     REVOKED = "revoked"

@@ -94,6 +94,15 @@ class AccountRepository:
             )
         )
 
+    async def find_by_email(self, email: str) -> Account | None:
+        """The account of an address, in the user's first organisation that is active."""
+        return await self._one(_accounts().where(func.lower(UserRow.email) == func.lower(email)))
+
+    async def holds_username(self, username: str) -> bool:
+        """Whether somebody has the name."""
+        statement = select(UserRow.id).where(func.lower(UserRow.username) == func.lower(username))
+        return (await self._session.execute(statement)).scalar() is not None
+
     async def find(self, user_id: UUID, org_id: UUID) -> Account | None:
         """The account of a member of an organisation; None for strangers and suspended organisations."""
         return await self._one(_accounts().where(UserRow.id == user_id, OrganizationRow.id == org_id))
@@ -113,6 +122,20 @@ class AccountRepository:
         """Whether a user is active and a hash still theirs; neither changes until the transaction ends."""
         statement = select(UserRow.id).where(*_unchanged(user_id, password_hash)).with_for_update(read=True)
         return (await self._session.execute(statement)).scalar() is not None
+
+    async def set_password_hash(self, user_id: UUID, new: str, now: datetime) -> None:
+        """Set a hash, whatever it was. For who proved otherwise that they may."""
+        await self._session.execute(
+            update(UserRow).where(UserRow.id == user_id).values(password_hash=new, updated_at=now)
+        )
+
+    async def set_email_verified(self, user_id: UUID, email: str, now: datetime) -> None:
+        """The address is the user's, if they still have it."""
+        await self._session.execute(
+            update(UserRow)
+            .where(UserRow.id == user_id, UserRow.email == email)
+            .values(email_verified_at=now, updated_at=now)
+        )
 
     async def replace_password_hash(self, user_id: UUID, present: str, new: str, now: datetime) -> bool:
         """Set a hash in place of one; whether the user is active and had that one."""

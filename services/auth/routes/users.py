@@ -1,40 +1,24 @@
-"""Registration, and the caller's own password and profile."""
+"""The caller's own password and profile."""
 
 from __future__ import annotations
 
-from datetime import datetime
 from uuid import UUID
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from services.auth.domain import Account
 from services.auth.errors import (
-    EmailTaken,
     PasswordQueueFull,
     SignInBlocked,
-    UsernameTaken,
     WeakPassword,
     WrongPassword,
 )
-from services.auth.routes.dependencies import AllServices, CurrentActor, From
-from services.auth.routes.fields import Body, Email, Password, Username, refusals
+from services.auth.routes.dependencies import AllServices, CurrentActor
+from services.auth.routes.fields import Body, Password, refusals
+from services.auth.routes.registration import UserAnswer, user_answer
 from shared.errors import InvalidRequest, Unauthenticated
 
 router = APIRouter(prefix="/api/v1/auth", tags=["auth"])
-
-
-class RegisterBody(BaseModel):
-    model_config = ConfigDict(
-        hide_input_in_errors=True,
-        json_schema_extra={
-            "example": {"username": "ada", "email": "ada@example.com", "password": "correct horse battery"}
-        },
-    )
-
-    username: Username
-    email: Email
-    password: Password
 
 
 class PasswordBody(Body):
@@ -49,36 +33,11 @@ class OrganizationAnswer(BaseModel):
     plan: str
 
 
-class UserAnswer(BaseModel):
-    user_id: UUID
-    username: str
-    email: str
-    status: str
-    roles: list[str]
-    org_id: UUID
-    plan: str
-    created_at: datetime
-
-
 class ProfileAnswer(UserAnswer):
     """As at registration, and what the present token or key may do."""
 
     scopes: list[str]
     organization: OrganizationAnswer
-
-
-@router.post(
-    "/register",
-    status_code=201,
-    summary="Make an account",
-    responses=refusals(InvalidRequest, WeakPassword, UsernameTaken, EmailTaken, PasswordQueueFull),
-)
-async def register(body: RegisterBody, services: AllServices, origin: From) -> UserAnswer:
-    """A user with a personal organisation, whose wallet starts with the installation's sign-up credits."""
-    account = await services.accounts.register(
-        username=body.username, email=body.email, password=body.password, origin=origin
-    )
-    return UserAnswer(**_user(account))
 
 
 @router.post(
@@ -99,17 +58,6 @@ async def me(actor: CurrentActor, services: AllServices) -> ProfileAnswer:
     organization = OrganizationAnswer(
         id=account.org_id, name=account.org_name, role=account.org_role, plan=account.plan
     )
-    return ProfileAnswer(**_user(account), scopes=list(actor.identity.scopes), organization=organization)
-
-
-def _user(account: Account) -> dict[str, object]:
-    return {
-        "user_id": account.user_id,
-        "username": account.username,
-        "email": account.email,
-        "status": account.status,
-        "roles": list(account.roles),
-        "org_id": account.org_id,
-        "plan": account.plan,
-        "created_at": account.created_at,
-    }
+    return ProfileAnswer(
+        **user_answer(account).model_dump(), scopes=list(actor.identity.scopes), organization=organization
+    )

@@ -9,10 +9,12 @@ from services.auth.service.accounts import Accounts
 from services.auth.service.admin import Admin
 from services.auth.service.attempts import Attempts
 from services.auth.service.bootstrap import Bootstrap
+from services.auth.service.email import Email
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
 from services.auth.service.organizations import Organizations
 from services.auth.service.outbox import Outbox
+from services.auth.service.registration import Registration
 from services.auth.service.revocations import Revocations
 from services.auth.service.service_accounts import ServiceAccounts
 from services.auth.service.sessions import Sessions
@@ -33,6 +35,8 @@ class Services:
     tokens: Tokens
     signing_keys: SigningKeys
     keys: Keys
+    registration: Registration
+    email: Email
     revocations: Revocations
     organizations: Organizations
     admin: Admin

@@ -49,11 +49,18 @@ class Accounts:
         Raises InvalidRequest and WeakPassword for the password, UsernameTaken, EmailTaken, PasswordQueueFull.
         """
         check_password(password, username=username, email=email)
-        account = Account(
+        account = self.new(username=username, email=email, password_hash=await self._passwords.hash(password))
+        async with self._sessions.begin() as session:
+            await self.add(session, account, origin)
+        return account
+
+    def new(self, *, username: str, email: str, password_hash: str) -> Account:
+        """A user with a personal organisation on the default plan, not yet stored."""
+        return Account(
             user_id=ids.uuid7(),
             username=username,
             email=email,
-            password_hash=await self._passwords.hash(password),
+            password_hash=password_hash,
             status=UserStatus.ACTIVE,
             created_at=self._clock.now(),
             org_id=ids.uuid7(),
@@ -63,13 +70,14 @@ class Accounts:
             roles=(BASE_ROLE,),
             scopes=(),
         )
+
+    async def add(self, session: AsyncSession, account: Account, origin: Origin) -> None:
+        """Store a new account in a transaction. Raises UsernameTaken, EmailTaken."""
+        await AccountRepository(session).register(account)
         entry = AuditEntry(
             "user.registered", "user", account.user_id, account.user_id, None, account.org_id, origin, {}
         )
-        async with self._sessions.begin() as session:
-            await AccountRepository(session).register(account)
-            await audit.append(session, entry, self._clock.now())
-        return account
+        await audit.append(session, entry, self._clock.now())
 
     async def change_password(self, actor: Actor, *, old: str, new: str) -> None:
         """Change the actor's own password and end their other sessions. Keys are not sessions, and stay.

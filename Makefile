@@ -14,7 +14,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --universal --pyth
 	--no-annotate --no-header --no-emit-index-url
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status logs reset test torture check lint format types lock stubs chat-mini environments clean
+.PHONY: help up down status logs reset test torture check lint format types lock stubs chat-mini model environments clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,5 +80,9 @@ chat-mini: ## Train the demo model anew (an environment of its own, with torch; 
 	.venv-chat-mini/bin/pip install --quiet -r requirements/chat-mini.in
 	.venv-chat-mini/bin/python -m deploy.chat_mini build
 
+model: environments ## Serve your own: FROM=<gguf | HF directory | hub id> NAME= [QUANT= KIND= CONTEXT= SLOTS=]
+	@$(BIN)/python -m deploy.models --from "$(FROM)" --name "$(NAME)" $(if $(QUANT),--quant $(QUANT)) \
+		$(if $(KIND),--kind $(KIND)) $(if $(CONTEXT),--context-tokens $(CONTEXT)) $(if $(SLOTS),--slots $(SLOTS))
+
 clean: ## Remove the environments and caches; the data stays
-	rm -rf .venv .venv-triton .venv-chat-mini deploy/unleash/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-triton .venv-chat-mini .venv-models deploy/unleash/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

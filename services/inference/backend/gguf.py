@@ -67,9 +67,10 @@ _BLOCKS = {name: (block, size) for name, block, size in TYPES.values()}
 
 @dataclass(frozen=True, slots=True)
 class GgufHead:
-    """`metadata` by GGUF's own keys."""
+    """`metadata` by GGUF's own keys; `kinds` are its values' types, for a list that of its elements too."""
 
     metadata: dict[str, Any]
+    kinds: dict[str, tuple[int, ...]]
     tensors: tuple[TensorInfo, ...]
     data_offset: int
     file_bytes: int
@@ -123,7 +124,11 @@ class _Reader:
         if version not in VERSIONS:
             raise GgufInvalid(f"GGUF version {version} is not known here.")
         tensors, entries = self._count(), self._count()
-        metadata = {self._string(): self._value(self._number(_U32)) for _ in range(entries)}
+        metadata: dict[str, Any] = {}
+        kinds: dict[str, tuple[int, ...]] = {}
+        for _ in range(entries):
+            key = self._string()
+            metadata[key], kinds[key] = self._value(self._number(_U32))
         infos = tuple(self._tensor() for _ in range(tensors))
         alignment = metadata.get("general.alignment", ALIGNMENT_DEFAULT)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
@@ -132,7 +137,7 @@ class _Reader:
         needed = max((data_offset + info.offset + info.bytes for info in infos), default=data_offset)
         if needed > self._size:
             raise GgufInvalid(f"The file is truncated: it has {self._size:,} bytes and its tensors need {needed:,}.")
-        return GgufHead(metadata, infos, data_offset, self._size)
+        return GgufHead(metadata, kinds, infos, data_offset, self._size)
 
     def _number(self, form: struct.Struct) -> Any:
         return form.unpack(self._file.read(form.size))[0]
@@ -152,19 +157,19 @@ class _Reader:
             raise struct.error
         return content.decode("utf-8", "replace")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
         if kind == _STRING:
-            return self._string()
+            return self._string(), (kind,)
         if kind != _ARRAY:
-            return self._number(self._scalar(kind))
+            return self._number(self._scalar(kind)), (kind,)
         of = self._number(_U32)
         length = int(self._number(_U64))
         if length > ARRAY_MAX or of == _ARRAY:
             raise GgufInvalid("The file's head holds a list that is too long or nested.")
         if of == _STRING:
-            return [self._string() for _ in range(length)]
+            return [self._string() for _ in range(length)], (kind, of)
         form = self._scalar(of)
-        return list(struct.unpack(f"<{length}{form.format[1:]}", self._file.read(length * form.size)))
+        return list(struct.unpack(f"<{length}{form.format[1:]}", self._file.read(length * form.size))), (kind, of)
 
     def _scalar(self, kind: int) -> struct.Struct:
         if kind not in _SCALARS:

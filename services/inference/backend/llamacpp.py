@@ -113,7 +113,10 @@ class LlamaCpp:
         lease = self._table.claim(tenant, fingerprint(body))
         body.update(id_slot=lease.slot, cache_prompt=lease.may_reuse)
         try:
-            self._server.handle_chat_completions(json.dumps(body), stream)
+            if "prompt" in body:
+                self._server.handle_completions(json.dumps(body), lambda chunk: stream(plain.as_chat(chunk)))
+            else:
+                self._server.handle_chat_completions(json.dumps(body), stream)
         except (ValueError, TypeError) as error:
             raise BackendError("invalid_request", _sentence(str(error)), repr(error)) from error
         except RuntimeError as error:
@@ -125,7 +128,13 @@ class LlamaCpp:
         return not stream.stopped
 
     def count(self, request: Mapping[str, Any]) -> int:
-        status, answer = self._post("/v1/chat/completions/input_tokens", self._forwarded(request))
+        body = self._forwarded(request)
+        if "prompt" in body:
+            status, answer = self._post("/tokenize", {"content": body["prompt"], "add_special": True})
+            if status == http.client.OK and isinstance(answer.get("tokens"), list):
+                return len(answer["tokens"])
+            raise _refusal(answer, self._context_tokens)
+        status, answer = self._post("/v1/chat/completions/input_tokens", body)
         if status == http.client.OK and isinstance(answer.get("input_tokens"), int):
             return int(answer["input_tokens"])
         raise _refusal(answer, self._context_tokens)
@@ -134,7 +143,7 @@ class LlamaCpp:
         del self._server
 
     def _forwarded(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        for message in request["messages"]:
+        for message in request.get("messages", ()):
             if _has_other_than_text(message.get("content")):
                 raise BackendError("invalid_request", "This model takes text only.")
         body = {name: request[name] for name in FORWARDED if request.get(name) is not None}
@@ -143,6 +152,8 @@ class LlamaCpp:
                 body[name] = self._control.neutral(body[name])
         limit = request.get("max_completion_tokens") or request.get("max_tokens")
         body["max_tokens"] = min(limit or self._completion_tokens_default, self._context_tokens)
+        if (prompt := request.get("prompt")) is not None:
+            return plain.engine_body(body, self._control.neutral(prompt))
         return body
 
     def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -13,7 +13,7 @@ CANARY_TENANT = "tollgate:canary"
 
 
 class ParsedRequest(NamedTuple):
-    """`body` is the OpenAI chat body without `op`."""
+    """`body` is the OpenAI chat body without `op`, with `messages` or a bare `prompt`."""
 
     op: Op
     body: dict[str, Any]
@@ -36,8 +36,11 @@ def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
     op = body.pop("op", "chat")
     if op not in OPS:
         raise invalid(f"`op` must be one of {', '.join(OPS)}.")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+    messages, prompt = body.get("messages"), body.get("prompt")
+    if prompt is not None:
+        if not isinstance(prompt, str) or not prompt or messages is not None:
+            raise invalid("`prompt` must be a non-empty string, and stands in place of `messages`.")
+    elif not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise invalid("`messages` must be a non-empty array of objects.")
     if body.get("n") not in (None, 1):
         raise invalid("`n` must be 1 here; send one request for each choice.")

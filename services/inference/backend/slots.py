@@ -60,7 +60,7 @@ class SlotTable:
 
 def fingerprint(request: Mapping[str, Any]) -> Fingerprint:
     """Of the tools and the messages of a chat body. Hashes are of this process only."""
-    parts: Sequence[Any] = [request.get("tools"), *request["messages"]]
+    parts: Sequence[Any] = [request.get("tools"), *request.get("messages", (request.get("prompt"),))]
     return tuple(hash(json.dumps(part)) for part in parts)
 
 

@@ -33,7 +33,7 @@ from services.gateway.usage import UsageEvents
 from shared.apikeys import Peppers
 from shared.clock import SystemClock
 from shared.identity import IdentityRing
-from shared.limits import LocalLimiter, RedisLimiter, RedisLink
+from shared.limits import ClusterLink, LocalLimiter, RedisLimiter, RedisLink, RedisUnavailable, create_link
 from shared.limits.policy import HOUR_S
 from shared.runtime import HttpServer, Service
 from shared.telemetry import GatewayMetrics, HttpMetrics, new_registry
@@ -50,7 +50,7 @@ class _Floor:
     clock: SystemClock
     registry: CollectorRegistry
     metrics: GatewayMetrics
-    link: RedisLink
+    link: RedisLink | ClusterLink
     http_metrics: HttpMetrics
     addresses: ClientAddresses
     access_log: AccessLog
@@ -126,7 +126,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
 def _floor(settings: GatewaySettings, stack: AsyncExitStack) -> _Floor:
     clock = SystemClock()
     registry = new_registry()
-    link = RedisLink(
+    link = create_link(
         settings.redis_url.get_secret_value(),
         client_name=SERVICE,
         timeout_ms=settings.gateway_redis_timeout_ms,
@@ -216,6 +216,8 @@ def _relay(settings: GatewaySettings, floor: _Floor, admission: Admission, usage
 def _add_checks(readiness: Readiness, floor: _Floor, repository: KeyRepository) -> None:
     async def redis() -> None:
         await floor.link.call("PING")
+        if not floor.link.up:
+            raise RedisUnavailable("a part of the cluster does not answer")
 
     readiness.add("redis", redis)
     readiness.add("postgres", repository.ping)

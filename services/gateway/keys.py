@@ -23,7 +23,7 @@ from services.gateway.repository import DatabaseUnavailable, KeyRepository
 from shared import apikeys
 from shared.clock import Clock
 from shared.errors import Unauthenticated, Unavailable
-from shared.limits import RedisLink, RedisUnavailable, Script
+from shared.limits import Link, RedisUnavailable, Script
 from shared.telemetry import GatewayMetrics
 
 FILL = Path(__file__).parent / "fill.lua"
@@ -51,7 +51,7 @@ class KeyStore:
         *,
         peppers: apikeys.Peppers,
         repository: KeyRepository,
-        link: RedisLink,
+        link: Link,
         clock: Clock,
         metrics: GatewayMetrics,
         guesses: Guesses,

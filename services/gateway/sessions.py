@@ -17,7 +17,7 @@ from services.gateway.tokens import AccessToken
 from shared import apikeys
 from shared.clock import Clock
 from shared.errors import Unauthenticated, Unavailable
-from shared.limits import RedisLink, RedisUnavailable, Script
+from shared.limits import Link, RedisUnavailable, Script
 
 FILL = Path(__file__).parent / "fill.lua"
 
@@ -25,7 +25,7 @@ FILL = Path(__file__).parent / "fill.lua"
 class SessionStore:
     """See the module."""
 
-    def __init__(self, repository: KeyRepository, link: RedisLink, clock: Clock) -> None:
+    def __init__(self, repository: KeyRepository, link: Link, clock: Clock) -> None:
         self._repository = repository
         self._fill = Script.read(link, FILL)
         self._clock = clock

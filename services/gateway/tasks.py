@@ -9,7 +9,7 @@ from pathlib import Path
 
 from services.gateway.admission import Admission
 from services.gateway.tokens import JsonWebKeySet, KeySetUnavailable
-from shared.limits import RedisLimiter, RedisLink, RedisUnavailable, Script
+from shared.limits import Link, RedisLimiter, RedisUnavailable, Script
 from shared.telemetry import GatewayMetrics, get_logger
 
 log = get_logger(__name__)
@@ -22,7 +22,7 @@ class Heartbeat:
     """Tells the other gateways that this one is alive, and admission how many there are."""
 
     def __init__(
-        self, link: RedisLink, admission: Admission, metrics: GatewayMetrics, *, interval_s: float, ttl_s: float
+        self, link: Link, admission: Admission, metrics: GatewayMetrics, *, interval_s: float, ttl_s: float
     ) -> None:
         self._beat = Script.read(link, HEARTBEAT)
         self._link = link

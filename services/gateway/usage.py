@@ -17,7 +17,7 @@ import orjson
 
 from shared.apikeys import USAGE_STREAM
 from shared.identity import Identity
-from shared.limits import RedisLink, RedisUnavailable
+from shared.limits import Link, RedisUnavailable
 from shared.telemetry import GatewayMetrics
 
 STREAM_ENTRIES_MAX = 100_000
@@ -63,9 +63,7 @@ class Ended(Protocol):
 class UsageEvents:
     """See the module."""
 
-    def __init__(
-        self, link: RedisLink, metrics: GatewayMetrics, *, queue_max: int = 10_000, interval_ms: int = 500
-    ) -> None:
+    def __init__(self, link: Link, metrics: GatewayMetrics, *, queue_max: int = 10_000, interval_ms: int = 500) -> None:
         self._link = link
         self._lost = metrics.usage_events_lost
         self._queue: deque[UsageEvent] = deque()

@@ -14,19 +14,22 @@ begin anew, one quota more at most. Clock of Redis set back: time stands still f
 set forward: windows pass too early by as much. A process killed: its leases expire after their TTL.
 """
 
+from shared.limits.cluster import ClusterLink, create_link
 from shared.limits.headers import rate_limit_headers, token_headers
 from shared.limits.limiter import RedisLimiter
-from shared.limits.link import CommandRefused, RedisLink, RedisUnavailable
+from shared.limits.link import CommandRefused, Link, RedisLink, RedisUnavailable
 from shared.limits.local import LocalLimiter, TooManySubjects
 from shared.limits.policy import Decision, Lease, Limits, Subject, Verdict, WindowState
 from shared.limits.scripts import Script
 from shared.limits.tokens import Reservation, TokenDecision, TokenLimiter, TokenSubject
 
 __all__ = [
+    "ClusterLink",
     "CommandRefused",
     "Decision",
     "Lease",
     "Limits",
+    "Link",
     "LocalLimiter",
     "RedisLimiter",
     "RedisLink",
@@ -40,6 +43,7 @@ __all__ = [
     "TooManySubjects",
     "Verdict",
     "WindowState",
+    "create_link",
     "rate_limit_headers",
     "token_headers",
 ]

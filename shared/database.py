@@ -23,6 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncSession as AsyncSession
 
 ROOT = Path(__file__).resolve().parent.parent
 MIGRATION_LOCK_ID = 0x7011_6A7E
+MIGRATION_LOCK_TIMEOUT_S = 600.0
+"""Another service's migration may index a large table meanwhile."""
+MIGRATION_LOCK_POLL_S = 0.1
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -102,8 +105,8 @@ def ensure_role(owner_url: str, role_url: str) -> None:
     async def main() -> None:
         connection = await asyncpg.connect(dsn(owner_url), timeout=10)
         try:
+            await _lock_migrations(connection)
             async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK_ID)
                 await _ensure_role(connection, role_url)
         finally:
             await connection.close()
@@ -121,8 +124,8 @@ def set_grants(schema: str, owner_url: str, role_url: str, grants: Mapping[str, 
     async def main() -> None:
         connection = await asyncpg.connect(dsn(owner_url), timeout=10)
         try:
+            await _lock_migrations(connection)
             async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK_ID)
                 for template in (
                     "REVOKE ALL ON ALL TABLES IN SCHEMA %1$I FROM %2$I",
                     "REVOKE ALL ON ALL SEQUENCES IN SCHEMA %1$I FROM %2$I",
@@ -147,8 +150,8 @@ def alembic_config(service: str, owner_url: str) -> Config:
 async def _prepare(schema: str, owner_url: str, app_url: str) -> None:
     connection = await asyncpg.connect(dsn(owner_url), timeout=10)
     try:
+        await _lock_migrations(connection)
         async with connection.transaction():
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", MIGRATION_LOCK_ID)
             role = await _ensure_role(connection, app_url)
             for template in (
                 "CREATE SCHEMA IF NOT EXISTS %1$I",
@@ -158,6 +161,17 @@ async def _prepare(schema: str, owner_url: str, app_url: str) -> None:
                 await _execute_formatted(connection, template, schema, role)
     finally:
         await connection.close()
+
+
+async def _lock_migrations(connection: asyncpg.Connection) -> None:
+    """Take the migration lock until the connection ends. Raises TimeoutError.
+
+    It is asked for again and again, never waited for: a session that waits holds a snapshot, for whose end another
+    service's CREATE INDEX CONCURRENTLY waits while it has the lock, and PostgreSQL ends one of them as deadlocked.
+    """
+    async with asyncio.timeout(MIGRATION_LOCK_TIMEOUT_S):
+        while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", MIGRATION_LOCK_ID):  # noqa: ASYNC110
+            await asyncio.sleep(MIGRATION_LOCK_POLL_S)
 
 
 async def _ensure_role(connection: asyncpg.Connection, role_url: str) -> str:
@@ -183,8 +197,6 @@ def run_migrations(tables: MetaData) -> None:
     url = context.config.attributes.get("url") or _url_from_environment()
 
     def run(connection: Connection) -> None:
-        connection.execute(text("SELECT pg_advisory_lock(:id)"), {"id": MIGRATION_LOCK_ID})
-        connection.commit()
         context.configure(
             connection=connection,
             target_metadata=tables,
@@ -203,6 +215,8 @@ def run_migrations(tables: MetaData) -> None:
         engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"), poolclass=pool.NullPool)
         try:
             async with engine.connect() as connection:
+                driver = (await connection.get_raw_connection()).driver_connection
+                await _lock_migrations(driver)
                 await connection.run_sync(run)
         finally:
             await engine.dispose()

@@ -11,7 +11,7 @@ from services.chat.domain.catalogue import BuildState
 from services.chat.errors import model_loading
 from services.chat.repository.replays import ReplayRepository
 from services.chat.repository.stored import StoredRepository
-from services.chat.routes import completions, models, stored
+from services.chat.routes import completions, models, stored, text_completions, tokenize
 from services.chat.routes.desk import Desk
 from services.chat.service.completion import ChatService
 from services.chat.service.library import Library
@@ -96,6 +96,8 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
 
     app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
     app.include_router(completions.create_router(desk))
+    app.include_router(text_completions.create_router(desk))
+    app.include_router(tokenize.create_router(service, treasury))
     app.include_router(stored.create_router(library))
     app.include_router(models.create_router(service, treasury))
     readiness.add("catalogue", _catalogue_check(catalogue))

@@ -69,7 +69,7 @@ class TritonClient:
     async def count(self, build: Build, request: ChatRequest, *, lost: Lost) -> int:
         """Tokens of the prompt, as this build's template renders it. Raises TollgateError."""
         shown = {name: value for name, value in engine_fields(request).items() if name in ("tools", "tool_choice")}
-        body = {"op": "count", "messages": [m.wire() for m in request.messages], **shown}
+        body = {"op": "count", **_asked(request), **shown}
         timeout_s = self._limits.count_timeout_s
         async with _Call(self._open(build, body, timeout_s, {}), timeout_s, timeout_s, lost) as replies:
             async for content in replies:
@@ -220,7 +220,7 @@ def _request(build: Build, content: bytes, timeout_s: float, parameters: Mapping
 def _body(request: ChatRequest, max_tokens: int, choice: int) -> dict[str, Any]:
     body = {
         "model": request.model,
-        "messages": [m.wire() for m in request.messages],
+        **_asked(request),
         "max_tokens": max_tokens,
         **request.sampling,
         **engine_fields(request),
@@ -228,6 +228,12 @@ def _body(request: ChatRequest, max_tokens: int, choice: int) -> dict[str, Any]:
     if choice and "seed" in body:
         body["seed"] += choice  # the same seed would make the same choice again
     return body
+
+
+def _asked(request: ChatRequest) -> dict[str, Any]:
+    if request.prompt is not None:
+        return {"prompt": request.prompt}
+    return {"messages": [m.wire() for m in request.messages]}
 
 
 def _chunk(content: bytes) -> Chunk:

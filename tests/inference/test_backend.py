@@ -158,6 +158,17 @@ async def test_a_prompt_over_the_context_is_refused_before_it_queues(
     await idle(backend, triton, "narrow")
 
 
+async def test_a_bare_prompt_goes_on_without_a_template(backend: BackendClient) -> None:
+    body = {"prompt": "count these words", "max_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    (counted,) = await backend.send("plain", {**body, "op": "count"}).all()
+    chunks = await backend.send("plain", body).all()
+    assert chunks[-1]["usage"]["prompt_tokens"] == counted["prompt_tokens"]
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("length", "stop")
+    assert chunks[-1]["usage"]["completion_tokens"] <= 5
+    assert len(chunks[0]["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
+    assert await refusal(backend.send("plain", {"prompt": "", "max_tokens": 1}).all()) == "invalid_request"
+
+
 @pytest.mark.parametrize(
     "body",
     [

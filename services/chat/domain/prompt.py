@@ -14,6 +14,7 @@ from services.chat.domain.request import ChatRequest, Message
 _EMPTY = Message("user", "")
 _REPLY = Message("assistant", "")
 PROBES = ((_EMPTY,), (_EMPTY, _REPLY, _EMPTY))
+_EDGE_TOKENS = 2  # the beginning and the end of a text may have a token each
 _BOUNDARY_TOKENS = 1  # a tokenizer may put a space before a message's text
 
 
@@ -31,6 +32,8 @@ class Template:
 
     def bound(self, request: ChatRequest) -> int | None:
         """Tokens that the prompt has at most; None for what only the engine can tell (tools)."""
+        if request.prompt is not None:
+            return len(request.prompt.encode()) + _EDGE_TOKENS
         if request.tool_use.tools or any(m.tool_calls or m.tool_call_id or m.name for m in request.messages):
             return None
         text_bytes = sum(len((m.content or "").encode()) + _BOUNDARY_TOKENS for m in request.messages)

@@ -100,11 +100,13 @@ class ToolUse:
 class ChatRequest:
     """A valid request. `max_tokens` None: the client set no limit of its own; it is for each of the `n` choices.
 
-    `sampling` is what the engine gets as it is, in OpenAI's words.
+    `sampling` is what the engine gets as it is, in OpenAI's words. A bare `prompt` stands in place of messages, and no
+    template is around it.
     """
 
     model: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: str | None = None
     max_tokens: int | None = None
     n: int = 1
     sampling: Mapping[str, Any] = field(default_factory=dict)

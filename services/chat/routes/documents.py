@@ -213,3 +213,49 @@ MODEL: dict[str, Any] = {
         404: _NO_MODEL,
     },
 }
+
+_TEXT_COMPLETION = {
+    "id": "cmpl-2f6d0f8f0f0e4b1c9a7d5e31",
+    "object": "text_completion",
+    "created": 1763596800,
+    "model": "chat-mini",
+    "system_fingerprint": "chat-mini-q8_0",
+    "choices": [{"index": 0, "text": " self-hosted platform", "logprobs": None, "finish_reason": "length"}],
+    "usage": _USAGE,
+    "tollgate": _RECEIPT,
+}
+_COUNTED = {
+    "object": "tokenization",
+    "model": "chat-mini",
+    "count": 14,
+    "max_model_len": 1024,
+    "cost": {"prompt": "0.0007", "per_thousand_output_tokens": "0.15"},
+}
+_PAYING: dict[int | str, dict[str, Any]] = {
+    status: COMPLETION["responses"][status] for status in (400, 402, 404, 409, 422, 503)
+}
+
+
+def text_completion(body: type[Body]) -> dict[str, Any]:
+    """POST /v1/completions."""
+    asked = asks(body, {"model": "chat-mini", "prompt": "Tollgate is a", "max_tokens": 4})
+    description = (
+        "OpenAI's older endpoint: the model goes on with a text, without a chat template; tokens of control in it are "
+        "text. Holds, receipts, idempotency keys and streams are those of chat completions."
+    )
+    answered = answers("The completion, or its chunks as server-sent events.", _TEXT_COMPLETION)
+    return {**asked, "description": description, "responses": answered | _PAYING}
+
+
+def tokenize(*bodies: type[Body]) -> dict[str, Any]:
+    """POST /v1/tokenize."""
+    asked = asks(bodies[0], {"model": "chat-mini", "messages": _ASKED["messages"]})
+    content = asked["openapi_extra"]["requestBody"]["content"]["application/json"]
+    content["schema"] = {"anyOf": [_body_schema(b) for b in bodies]}
+    description = (
+        "Takes the body of a chat completion, or with `prompt` that of a plain one, and counts its prompt as the "
+        "engine does, template and tools included. Costs nothing. `max_model_len` is the context that prompt and "
+        "answer share."
+    )
+    not_here = {status: COMPLETION["responses"][status] for status in (404, 503)}
+    return {**asked, "description": description, "responses": answers("The count.", _COUNTED) | not_here}

@@ -28,7 +28,7 @@ from typing import Any
 
 import xllamacpp
 
-from services.inference.backend import gguf
+from services.inference.backend import gguf, plain
 from services.inference.backend.config import BackendConfig
 from services.inference.backend.control import ControlTexts
 from services.inference.backend.engine import Cancelled, Chunk, OnChunk, Usage

@@ -38,6 +38,11 @@ def generate() -> str:
     return f"{body}_{_checksum(body)}"
 
 
+def may_be_key(text: str) -> bool:
+    """Whether it begins and is as long as a key: what a lookup in memory may be spent on."""
+    return len(text) == _LENGTH and text.startswith(PREFIX)
+
+
 def is_well_formed(key: str) -> bool:
     """Whether the shape and the checksum are right. Says nothing about the key being known."""
     if len(key) != _LENGTH or not PATTERN.fullmatch(key):
@@ -74,7 +79,7 @@ class Peppers:
         return [self._digest(key, version) for version in self._keys]
 
     def _digest(self, key: str, version: int) -> Digest:
-        return Digest(version, hmac.new(self._keys[version], key.encode(), hashlib.sha256).hexdigest())
+        return Digest(version, hmac.digest(self._keys[version], key.encode(), hashlib.sha256).hex())
 
 
 def record_name(digest_hex: str) -> str:

@@ -10,6 +10,7 @@ gets its 401 before anything else.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from services.gateway.addresses import owned_by
@@ -52,8 +53,10 @@ class Admitted:
 
 
 class Admission:
-    """See the module. `live_gateways` is kept by the heartbeat: how many shared the limits when Redis last answered;
-    until it first does, `gateways` as configured.
+    """See the module.
+
+    `weights`: by a route's prefix, what its requests draw instead of 1. `live_gateways` is kept by the heartbeat: how
+    many shared the limits when Redis last answered; until it first does, `gateways` as configured.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Admission:
         user_limits: Limits,
         anonymous_limits: Limits,
         ceilings: Ceilings,
+        weights: Mapping[str, int],
         gateways: int,
     ) -> None:
         self._keys = keys
@@ -82,6 +86,7 @@ class Admission:
         self._user_limits = user_limits
         self._anonymous_limits = anonymous_limits
         self._ceilings = ceilings
+        self._weights = weights
         self._decisions = metrics.admissions
         self._admitted = metrics.admissions.labels("admitted")
         self._duration_s = metrics.limiter_duration_s
@@ -106,7 +111,7 @@ class Admission:
             network = owned_by(address)
             subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
             identity = Identity(kind="anonymous", address=address)
-            return self._judged(identity, None, await self._decide(subject, route.weight, self._local_addresses))
+            return self._judged(identity, None, await self._decide(subject, self._weight(route), self._local_addresses))
         if not credential:
             raise Unauthenticated()
         if credential.startswith(apikeys.PREFIX):
@@ -127,7 +132,7 @@ class Admission:
             version=str(verified.version),
             ceilings=self._ceilings.subjects(identity.org_id, identity.user_id),
         )
-        weight = 0 if denied else route.weight
+        weight = 0 if denied else self._weight(route)
         for _ in range(STALE_ATTEMPTS_MAX):
             try:
                 decision = await self._decide_in_redis(subject, weight)
@@ -143,18 +148,30 @@ class Admission:
     async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
         found = await self._keys.find(secret, owned_by(address))
         for _ in range(STALE_ATTEMPTS_MAX):
-            identity, denied, weight = _asked(route, method, found.record, address)
+            identity, denied, weight = self._asked(route, method, found.record, address)
             try:
                 decision = await self._decide_on_key(found, weight)
             except RedisUnavailable:
                 if not found.fresh:  # without Redis only PostgreSQL knows whether the key still stands
                     found = await self._keys.refresh(found.record)
-                    identity, denied, weight = _asked(route, method, found.record, address)
+                    identity, denied, weight = self._asked(route, method, found.record, address)
                 decision = self._decide_locally(self._local, found.record.subject(self._ceilings), weight)
             if decision.verdict is not Verdict.STALE:
                 return self._judged(identity, denied, decision)
             found = await self._keys.refresh(found.record)
         raise Unavailable("Keys cannot be checked right now. Retry.", retry_after_s=1, detail="version never matched")
+
+    def _asked(
+        self, route: Route, method: str, record: KeyRecord, address: str
+    ) -> tuple[Identity, PermissionDenied | None, int]:
+        """Who asks, why not, and what it draws: nothing when it is denied."""
+        identity = record.identity(address)
+        denied = _denial(route, method, identity) if record.may_be_used_from(address) else _wrong_address()
+        return identity, denied, 0 if denied else self._weight(route)
+
+    def _weight(self, route: Route) -> int:
+        """What a request draws from its limits: as configured for the route, else as its table says."""
+        return self._weights.get(route.prefix, route.weight) if self._weights else route.weight
 
     async def _decide_on_key(self, found: Found, weight: int) -> Decision:
         """Redis's decision. Raises RedisUnavailable, also when it answers but would not take the key's version."""
@@ -199,13 +216,6 @@ def credential_of(authorization: str | None, x_api_key: str | None) -> str | Non
     if not rest:
         return scheme or None
     return rest.strip() if scheme.lower() in SCHEMES else None
-
-
-def _asked(route: Route, method: str, record: KeyRecord, address: str) -> tuple[Identity, PermissionDenied | None, int]:
-    """Who asks, why not, and what it draws: nothing when it is denied."""
-    identity = record.identity(address)
-    denied = _denial(route, method, identity) if record.may_be_used_from(address) else _wrong_address()
-    return identity, denied, 0 if denied else route.weight
 
 
 def _wrong_address() -> PermissionDenied:

@@ -87,6 +87,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         user_limits=settings.user_limits,
         anonymous_limits=settings.anonymous_limits,
         ceilings=Ceilings(settings.user_ceiling, settings.organization_ceiling),
+        weights=settings.gateway_weights,
         gateways=settings.gateway_replicas,
     )
     usage = UsageEvents(floor.link, floor.metrics, queue_max=settings.gateway_usage_queue_max)

@@ -15,6 +15,7 @@ from shared.identity import Identity
 from shared.limits.policy import Limits, Subject
 
 ACTIVE = "active"
+ADDRESSES_KEPT_MAX = 16
 
 
 class Ceilings(NamedTuple):
@@ -92,19 +93,29 @@ class KeyRecord:
         return self.allowed_addresses is None or is_within(address, self.allowed_addresses)
 
     def identity(self, address: str) -> Identity:
-        return Identity(
-            kind="key",
-            user_id=self.user_id,
-            org_id=self.org_id,
-            key_id=self.key_id,
-            plan=self.plan,
-            roles=self.roles,
-            scopes=self.scopes,
-            models=self.models,
-            tokens_per_minute=self.tokens_per_minute,
-            limit_id=self.limit_id,
-            address=address,
-        )
+        """Who asks, from that address; kept, since most requests with a key come from few."""
+        identity = self._identities.get(address)
+        if identity is None:
+            if len(self._identities) >= ADDRESSES_KEPT_MAX:
+                self._identities.clear()
+            identity = self._identities[address] = Identity(
+                kind="key",
+                user_id=self.user_id,
+                org_id=self.org_id,
+                key_id=self.key_id,
+                plan=self.plan,
+                roles=self.roles,
+                scopes=self.scopes,
+                models=self.models,
+                tokens_per_minute=self.tokens_per_minute,
+                limit_id=self.limit_id,
+                address=address,
+            )
+        return identity
+
+    @cached_property
+    def _identities(self) -> dict[str, Identity]:
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

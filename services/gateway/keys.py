@@ -1,6 +1,6 @@
 """API keys: from the secret that a client shows to the record that it stands for.
 
-    shape and checksum ─► process cache ─► Redis ─► PostgreSQL (one read a key at a time) ─► back into both
+    shape ─► process cache ─► checksum ─► Redis ─► PostgreSQL (one read a key at a time) ─► back into both
 
 A record from a cache is only a guess about its organisation and version: the admission script wants the same version
 in Redis, and where it finds another or none, `refresh` asks PostgreSQL. So a revoked key fails on its next request,
@@ -65,6 +65,8 @@ class KeyStore:
         self._link = link
         self._clock = clock
         self._lookups = metrics.key_lookups
+        self._known = metrics.key_lookups.labels("process")
+        self._junk = metrics.key_lookups.labels("junk")
         self._fill = Script.read(link, FILL)
         self._records: BoundedCache[str, KeyRecord] = BoundedCache(
             clock, entries_max=process_entries_max, ttl_s=process_ttl_s
@@ -81,16 +83,19 @@ class KeyStore:
 
         Raises Unauthenticated, the same for every cause; Unavailable; RateLimited for an address that only guesses.
         """
-        if not apikeys.is_well_formed(secret):
-            self._count("junk")
+        if not apikeys.may_be_key(secret):
+            self._junk.inc()
             raise Unauthenticated()
         digests = [d.hex for d in self._peppers.candidates(secret)]
+        if (record := self._from_process(digests)) is not None:
+            self._known.inc()
+            return Found(self._usable(record), fresh=False)
+        if not apikeys.is_well_formed(secret):
+            self._junk.inc()
+            raise Unauthenticated()
         if all(self._unknown.get(d) for d in digests):
             self._count("negative")
             raise Unauthenticated()
-        if (record := self._from_process(digests)) is not None:
-            self._count("process")
-            return Found(self._usable(record), fresh=False)
         if (record := await self._from_redis(digests)) is not None:
             self._count("redis")
             self._records.put(record.digest, record)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
+from services.gateway.upstreams import ROUTES
 from shared.limits import Limits
 from shared.runtime import ServiceSettings
+
+Weight = Annotated[int, Field(ge=1, le=1_000)]
 
 
 class GatewaySettings(ServiceSettings):
@@ -66,6 +70,8 @@ class GatewaySettings(ServiceSettings):
     gateway_organization_ceiling_per_hour: int | None = Field(default=None, ge=0)
     gateway_organization_ceiling_per_day: int | None = Field(default=None, ge=0)
     gateway_organization_ceiling_concurrency: int = Field(default=0, ge=0)
+    # JSON: {"/v1/embeddings": 2}: what the requests of a route (as upstreams.py names it) draw from limits, instead of 1
+    gateway_weights: dict[str, Weight] = Field(default_factory=dict)
     gateway_lease_ttl_s: float = Field(default=60, gt=0)
 
     gateway_replicas: int = Field(default=1, ge=1)  # how many share the limits, until Redis has said how many live
@@ -78,6 +84,13 @@ class GatewaySettings(ServiceSettings):
     @property
     def is_public_tls(self) -> bool:
         return self.public_url.startswith("https://")
+
+    @field_validator("gateway_weights")
+    @classmethod
+    def _names_routes(cls, weights: dict[str, int]) -> dict[str, int]:
+        if unknown := weights.keys() - {route.prefix for route in ROUTES}:
+            raise ValueError(f"no such route: {', '.join(sorted(unknown))}")
+        return weights
 
     @property
     def user_limits(self) -> Limits:

@@ -184,31 +184,23 @@ class Directory:
         limits: dict[str, int] | None = None,
         models: list[str] | None = None,
         expires_at: datetime | None = None,
+        allowed_addresses: list[str] | None = None,
+        plan: str = "default",
+        like: Key | None = None,
     ) -> Key:
-        """A key of a new user in a new organisation."""
-        user_id, org_id, key_id = uuid4(), uuid4(), uuid4()
-        name = user_id.hex
-        execute = self.connection.execute
-        await execute(
-            "INSERT INTO auth.user_account (id, username, email, password_hash) VALUES ($1, $2, $3, '-')",
-            user_id,
-            name,
-            f"{name}@example.com",
-        )
-        for role in roles:
-            await execute("INSERT INTO auth.user_role (user_id, role) VALUES ($1, $2)", user_id, role)
-        await execute("INSERT INTO auth.organization (id, name) VALUES ($1, $2)", org_id, name)
-        await execute("INSERT INTO auth.membership (org_id, user_id, role) VALUES ($1, $2, 'owner')", org_id, user_id)
+        """A key of a new user in a new organisation, or of the same as another key."""
+        key_id = uuid4()
+        user_id, org_id = (like.user_id, like.org_id) if like else await self._create_owner(roles, plan)
         secret = apikeys.generate()
         digest = apikeys.Peppers(PEPPERS).digest(secret)
-        await execute(
+        await self.connection.execute(
             """INSERT INTO auth.api_key (id, org_id, user_id, name, prefix, digest, pepper, scopes, models, limits,
-                                         limit_id, expires_at, created_at)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, now())""",
+                                         limit_id, expires_at, allowed_addresses, created_at)
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, now())""",
             key_id,
             org_id,
             user_id,
-            name,
+            key_id.hex,
             apikeys.display_prefix(secret),
             digest.hex,
             digest.pepper,
@@ -217,6 +209,7 @@ class Directory:
             json.dumps(limits or {}),
             uuid4(),
             expires_at,
+            allowed_addresses,
         )
         return Key(secret, digest.hex, key_id, org_id, user_id)
 
@@ -242,6 +235,33 @@ class Directory:
         if announce:
             event = SessionEvent(id=0, session_id=UUID(session["sid"]), org_id=UUID(session["org"]), version=version)
             await ChangeChannel(self.redis).announce([event])
+
+    async def create_plan(self, limits: str) -> str:
+        """A plan like the default one, with more in its limits (JSON)."""
+        name = uuid4().hex
+        await self.connection.execute(
+            "INSERT INTO auth.plan (name, description, limits) "
+            "SELECT $1, description, limits || $2::text::jsonb FROM auth.plan WHERE name = 'default'",
+            name,
+            limits,
+        )
+        return name
+
+    async def _create_owner(self, roles: tuple[str, ...], plan: str) -> tuple[UUID, UUID]:
+        user_id, org_id = uuid4(), uuid4()
+        name = user_id.hex
+        execute = self.connection.execute
+        await execute(
+            "INSERT INTO auth.user_account (id, username, email, password_hash) VALUES ($1, $2, $3, '-')",
+            user_id,
+            name,
+            f"{name}@example.com",
+        )
+        for role in roles:
+            await execute("INSERT INTO auth.user_role (user_id, role) VALUES ($1, $2)", user_id, role)
+        await execute("INSERT INTO auth.organization (id, name, plan) VALUES ($1, $2, $3)", org_id, name, plan)
+        await execute("INSERT INTO auth.membership (org_id, user_id, role) VALUES ($1, $2, 'owner')", org_id, user_id)
+        return user_id, org_id
 
     async def revoke(self, key: Key, *, announce: bool = True) -> None:
         """As auth does it: the row, then Redis."""

@@ -11,8 +11,10 @@ import pytest
 from redis.asyncio import Redis
 
 from shared import apikeys
+from shared.clock import SystemClock
+from shared.identity import HEADER, Identity, IdentityRing
 from tests.conftest import Components
-from tests.gateway.harness import Backend, Directory, Gateway, gateway, settings
+from tests.gateway.harness import IDENTITY_KEYS, Backend, Directory, Gateway, gateway, settings
 from tests.gateway.outages import Valkey, eventually, own_valkey
 
 LOOKUPS = "tollgate_gateway_key_lookups_total"
@@ -199,3 +201,52 @@ async def test_a_forged_record_of_a_key_is_not_enough(gateway: Gateway, director
     )
     await redis.set(apikeys.record_name(key.digest), record)
     assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 401
+
+
+async def test_a_key_is_good_only_from_its_addresses(
+    components: Components, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    key = await directory.create_key(allowed_addresses=["192.0.2.0/24", "2001:db8::/32", "not a network"])
+    nowhere = await directory.create_key(allowed_addresses=[])
+    configured = settings(components.redis_url, database_url, backend.url, trusted_proxies="127.0.0.0/8")
+    async with gateway(configured) as running:
+        for _ in range(2):  # from PostgreSQL, then from memory
+            for address, expected in (("192.0.2.9", 200), ("2001:db8::9", 200), ("198.51.100.9", 403)):
+                headers = {**key.headers, "x-forwarded-for": address}
+                response = await running.http.get("/v1/models", headers=headers)
+                assert response.status_code == expected, address
+        assert response.json()["error"]["code"] == "address_not_allowed"
+        assert response.headers["x-ratelimit-remaining-requests"] == "56"  # refused, and nothing drawn
+        assert (await running.http.get("/v1/models", headers=nowhere.headers)).status_code == 403
+    async with gateway(configured) as another:  # from Redis
+        headers = {**key.headers, "x-forwarded-for": "198.51.100.9"}
+        assert (await another.http.get("/v1/models", headers=headers)).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("authorization", "Bearer {}"),
+        ("authorization", "bearer  {}"),
+        ("authorization", "ApiKey {}"),
+        ("authorization", "{}"),
+        ("x-api-key", "{}"),
+    ],
+)
+async def test_keys_are_shown_in_several_ways(gateway: Gateway, directory: Directory, name: str, value: str) -> None:
+    key = await directory.create_key()
+    response = await gateway.http.get("/v1/models", headers={name: value.format(key.secret)})
+    assert response.status_code == 200
+
+
+async def test_an_identity_that_a_client_sends_is_not_believed(
+    gateway: Gateway, backend: Backend, directory: Directory
+) -> None:
+    key = await directory.create_key()
+    claimed = Identity(kind="key", user_id="u", org_id="o", scopes=("*",))
+    forged = IdentityRing(IDENTITY_KEYS, SystemClock()).sign(claimed)
+    shown = {HEADER: forged, "X-Tollgate-Identity": forged, "x-tollgate-anything": "x"}
+    assert (await gateway.http.get("/v1/models", headers=shown)).status_code == 401
+    assert (await gateway.http.get("/v1/models", headers={**shown, **key.headers})).status_code == 200
+    assert backend.last.identity.key_id == str(key.key_id)
+    assert [v for k, v in backend.last.headers if k.startswith("x-tollgate")] == [backend.last.header(HEADER)]

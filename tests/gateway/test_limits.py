@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from tests.conftest import Components
@@ -176,3 +177,53 @@ async def test_addresses_have_limits_on_public_paths(
             ]
             assert statuses == [200] * 3 + [429] * 2
     assert backend.last.identity.kind == "anonymous"
+
+
+async def test_a_weighty_route_draws_more(
+    components: Components, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    configured = settings(components.redis_url, database_url, backend.url, gateway_weights={"/v1/embeddings": 3})
+    key = await directory.create_key(limits={"minute": 7})
+    async with gateway(configured) as running:
+        for expected in (200, 200, 429):
+            response = await running.http.post("/v1/embeddings", headers=key.headers)
+            assert response.status_code == expected
+        assert response.headers["x-ratelimit-remaining-requests"] == "1"
+        assert (await running.http.get("/v1/models", headers=key.headers)).status_code == 200
+        assert (await running.http.get("/v1/models", headers=key.headers)).status_code == 429
+
+
+def test_a_weight_for_no_route_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no such route: /v2"):
+        settings("redis://x", "postgresql://x", "http://x", gateway_weights={"/v2": 2})
+
+
+async def test_ceilings_of_users_and_organisations_hold_over_all_their_keys(
+    components: Components, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    """The installation's over every organisation; a plan's own before it."""
+    configured = settings(
+        components.redis_url,
+        database_url,
+        backend.url,
+        gateway_user_ceiling_per_minute=4,
+        gateway_organization_ceiling_per_minute=5,
+    )
+    first = await directory.create_key()
+    second = await directory.create_key(like=first)
+    async with gateway(configured) as running:
+        for key in (first, second, first, second):
+            response = await running.http.get("/v1/models", headers=key.headers)
+            assert response.status_code == 200
+        assert response.headers["ratelimit-policy"].endswith('"user-minute";q=4;w=60,"organization-minute";q=5;w=60')
+        assert response.headers["x-ratelimit-remaining-requests"] == "0"
+        refused = await running.http.get("/v1/models", headers=first.headers)
+        assert refused.status_code == 429
+        assert "limit of the user of 4 requests per minute" in refused.json()["error"]["message"]
+
+    limits = '{"user": {"minute": 100}, "organization": {"minute": 2, "concurrency": 9}}'
+    plan = await directory.create_plan(limits)
+    third = await directory.create_key(plan=plan)
+    async with gateway(configured) as running:
+        statuses = [(await running.http.get("/v1/models", headers=third.headers)).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]

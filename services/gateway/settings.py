@@ -70,7 +70,7 @@ class GatewaySettings(ServiceSettings):
     gateway_organization_ceiling_per_hour: int | None = Field(default=None, ge=0)
     gateway_organization_ceiling_per_day: int | None = Field(default=None, ge=0)
     gateway_organization_ceiling_concurrency: int = Field(default=0, ge=0)
-    # JSON: {"/v1/embeddings": 2}: what the requests of a route (as upstreams.py names it) draw from limits, instead of 1
+    # JSON: {"/v1/embeddings": 2}: what requests of a route (as upstreams.py names it) draw from limits, instead of 1
     gateway_weights: dict[str, Weight] = Field(default_factory=dict)
     gateway_lease_ttl_s: float = Field(default=60, gt=0)
 

@@ -72,6 +72,7 @@ stubs: ## Generate the gRPC stubs from shared/rpc/*.proto
 	$(BIN)/python -m deploy.checks.stubs --write
 
 bench-serving: ## Tokens per second: bare engine, Triton, the whole path (a stack of its own)
+bench-ledger: ## The ledger's operations a second beside pgbench, CPU, cost by size (a PostgreSQL of its own)
 bench-%: environments
 	$(BIN)/python -m bench.$*
 

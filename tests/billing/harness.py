@@ -212,7 +212,9 @@ async def owner(owner_url: str) -> Any:
 
 
 @contextmanager
-def service_process(owner_url: str, http_port: int, grpc_port: int) -> Iterator[subprocess.Popen[bytes]]:
+def service_process(
+    owner_url: str, http_port: int, grpc_port: int, **settings: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m services.billing`, as the launcher starts it. Killed at the end if it still runs."""
     environment = {
         "PATH": os.defpath,
@@ -223,6 +225,7 @@ def service_process(owner_url: str, http_port: int, grpc_port: int) -> Iterator[
         "TOLLGATE_SIGNUP_CREDITS": "1",
         "TOLLGATE_BILLING_SWEEP_INTERVAL_S": "0.1",
         "TOLLGATE_LOG_LEVEL": "ERROR",
+        **settings,
     }
     # Its errors come out with those of a test that fails.
     process = subprocess.Popen([sys.executable, "-m", "services.billing"], cwd=ROOT, env=environment)

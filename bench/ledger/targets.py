@@ -1,0 +1,116 @@
+"""What is loaded: the kernel alone, the writer with its database in this process, billing over gRPC."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from uuid import UUID
+
+from prometheus_client import CollectorRegistry
+
+from bench.ledger.load import Pair
+from bench.ledger.server import MODEL, TERMS, identity_ring
+from services.billing.domain import DEFAULT_CLASS, Price, Usage
+from services.billing.ledger import kernel
+from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
+from services.billing.ledger.operations import GrantCredits, PlaceHold, Settle
+from services.billing.ledger.writer import Writer, WriterLimits
+from services.billing.repository.database import Database, DatabaseLimits
+from shared import metering
+from shared.grpc import Caller
+from shared.identity import Identity
+from shared.ids import uuid7
+from shared.metering import Metering, MeteringLimits
+from shared.telemetry import BillingMetrics
+
+INPUT_TOKENS, MAX_TOKENS, USED_TOKENS = 100, 200, 150
+TTL_MS = 60_000
+GRANT_NANO = 10**15
+PATIENCE_S = 60.0
+KERNEL_ROUND = 100
+
+
+def kernel_pairs_per_s(seconds: float) -> float:
+    """Holds and settlements of the kernel on a book in memory: pairs a second on one core."""
+    now = datetime.now(UTC)
+    book = Book(uuid7(), 0, False, now, now, uuid7(), {kind: Account(uuid7(), kind) for kind in SYSTEM_KINDS})
+    book.prices[MODEL, DEFAULT_CLASS] = Price(uuid7(), MODEL, DEFAULT_CLASS, TERMS, now)
+    kernel.decide(
+        book,
+        GrantCredits(
+            book.wallet_id, book.wallet_id, "bench", "bench", uuid7(), GRANT_NANO, "manual", "bench", 100, None
+        ),
+    )
+    user, pairs = uuid7(), 0
+    began_s = time.perf_counter()
+    while time.perf_counter() - began_s < seconds:
+        book.rows, book.touched = Rows(), {}
+        book.holds.clear()
+        for _ in range(KERNEL_ROUND):
+            hold = place(book.wallet_id, user)
+            kernel.decide(book, hold)
+            kernel.decide(book, settlement(hold))
+        pairs += KERNEL_ROUND
+    return pairs / (time.perf_counter() - began_s)
+
+
+def place(wallet_id: UUID, user_id: UUID) -> PlaceHold:
+    """A hold of a chat request."""
+    return PlaceHold(
+        wallet_id,
+        uuid7(),
+        user_id,
+        None,
+        "default",
+        MODEL,
+        Usage(INPUT_TOKENS, 0, MAX_TOKENS),
+        False,
+        TTL_MS,
+        "req_bench",
+    )
+
+
+def settlement(hold: PlaceHold) -> Settle:
+    return Settle(hold.wallet_id, hold.hold_id, Usage(INPUT_TOKENS, 0, USED_TOKENS), "bench", "stop", 5)
+
+
+@asynccontextmanager
+async def writer(url: str, in_flight_max: int) -> AsyncIterator[Pair]:
+    """The writer in this process."""
+    limits = WriterLimits(operation_timeout_s=PATIENCE_S, operations_in_flight_max=in_flight_max)
+    async with Database(url, DatabaseLimits(acquire_timeout_s=PATIENCE_S)) as database:
+        ledger = Writer(database, signup_credits=0, metrics=BillingMetrics(CollectorRegistry()), limits=limits)
+        user = uuid7()
+
+        async def pair(wallet_id: UUID) -> None:
+            hold = place(wallet_id, user)
+            await ledger.submit(hold)
+            await ledger.submit(settlement(hold))
+
+        try:
+            yield pair
+        finally:
+            await ledger.close()
+
+
+@asynccontextmanager
+async def end_to_end(target: str) -> AsyncIterator[Pair]:
+    """A service that meters requests: shared/metering.py over gRPC to billing."""
+    caller = Caller(target, identity_ring(), service="chat")
+    client = Metering(caller, limits=MeteringLimits(call_timeout_s=PATIENCE_S, hold_timeout_s=PATIENCE_S))
+    user, key = str(uuid7()), str(uuid7())
+
+    async def pair(wallet_id: UUID) -> None:
+        identity = Identity(kind="key", org_id=str(wallet_id), user_id=user, key_id=key)
+        async with client.hold(identity, model=MODEL, input_tokens=INPUT_TOKENS, max_output_tokens=MAX_TOKENS) as hold:
+            used = metering.Usage(input_tokens=INPUT_TOKENS, output_tokens=USED_TOKENS)
+            receipt = await hold.settle(build="bench", finish_reason="stop", usage=used)
+            assert receipt is not None, "the ledger was away"
+
+    try:
+        yield pair
+    finally:
+        await client.close()
+        await caller.close()

@@ -13,6 +13,7 @@ from services.chat.repository.replays import ReplayRepository
 from services.chat.repository.stored import StoredRepository
 from services.chat.routes import completions, models, stored, text_completions, tokenize
 from services.chat.routes.desk import Desk
+from services.chat.service.cache import CacheLimits, ResponseCache
 from services.chat.service.completion import ChatService
 from services.chat.service.library import Library
 from services.chat.service.replays import Replays
@@ -92,7 +93,10 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     replays = Replays(results)
     stack.push_async_callback(replays.close, settings.drain_timeout_s)
     library = Library(kept, clock)
-    desk = Desk(service, library, replays, clock)
+    cache = ResponseCache(
+        service, treasury, link, CacheLimits(settings.chat_cache_ttl_s, settings.chat_cache_bytes_max)
+    )
+    desk = Desk(service, cache, library, replays, clock)
 
     app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
     app.include_router(completions.create_router(desk))

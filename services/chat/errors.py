@@ -182,3 +182,7 @@ def bad_idempotency_key(chars_max: int) -> InvalidRequest:
     return InvalidRequest(
         f"Idempotency-Key takes 1 to {chars_max} printable ASCII characters.", code="invalid_idempotency_key"
     )
+
+
+def bad_cache_header(name: str, value: str) -> InvalidRequest:
+    return InvalidRequest(f"The header {name} takes the value `{value}` only.", code="invalid_value", param=name)

@@ -10,15 +10,17 @@ from fastapi import Request
 from starlette.responses import Response
 
 from services.chat.domain.request import ChatRequest
-from services.chat.errors import bad_idempotency_key
+from services.chat.errors import bad_cache_header, bad_idempotency_key
 from services.chat.routes.answering import Answering, Events
 from services.chat.routes.frames import Shape, new_id
+from services.chat.service.cache import ResponseCache, is_deterministic
 from services.chat.service.completion import ChatService
 from services.chat.service.library import Draft, Library
 from services.chat.service.replays import Replays, Ticket, replayed
 from shared.clock import Clock
 from shared.identity import Identity
 
+CACHE, USE = "x-tollgate-cache", "use"
 IDEMPOTENCY_KEY = "idempotency-key"
 KEY_CHARS_MAX = 255
 REPLAYED = {"idempotent-replayed": "true"}
@@ -32,6 +34,7 @@ class Desk:
     """The services behind the routes."""
 
     service: ChatService
+    cache: ResponseCache
     library: Library
     replays: Replays
     clock: Clock
@@ -53,7 +56,7 @@ class Desk:
             recording = ticket.recording
             made = shape(recording.id, recording.created)
             return self._answering(replayed(recording), made, asked, replay=True)
-        events = self.service.complete(asked, caller)
+        events = self._events(request, asked, caller)
         if draft is not None:
             events = self.library.keeping(caller, draft(id_), shape(id_, created), events)
         if ticket is not None:
@@ -69,6 +72,17 @@ class Desk:
             send_timeout_s=self.service.limits.send_timeout_s,
             headers=REPLAYED if replay else {},
         )
+
+    def _events(self, request: Request, asked: ChatRequest, caller: Identity) -> Events:
+        """Generated, or from the cache where the client asked for it. Raises InvalidRequest."""
+        wish = request.headers.get(CACHE)
+        if wish is None:
+            return self.service.complete(asked, caller)
+        if wish != USE:
+            raise bad_cache_header(CACHE, USE)
+        if not is_deterministic(asked):
+            return self.service.complete(asked, caller)
+        return self.cache.complete(asked, caller)
 
     async def _claim(self, request: Request, caller: Identity) -> Ticket | None:
         """The request's key, when it has one. Raises InvalidRequest, Conflict, Unprocessable, Unavailable."""

@@ -113,11 +113,14 @@ class ChatService:
             raise model_not_found(alias)
         return model
 
+    def build(self, request: ChatRequest, caller: Identity) -> Build:
+        """The build that would serve this request now. Raises NotFound, Unavailable."""
+        return self._chain(self.model(request.model, caller), caller)[0]
+
     async def count(self, request: ChatRequest, caller: Identity) -> tuple[int, Build]:
         """Tokens of the prompt, and the build that counted. Raises TollgateError. Costs nothing."""
-        model = self.model(request.model, caller)
         with self._slots(1):
-            build = self._chain(model, caller)[0]
+            build = self.build(request, caller)
             return await self._triton.count(build, request, lost=self._loss_of(build)), build
 
     async def complete(self, request: ChatRequest, caller: Identity) -> AsyncGenerator[Event, None]:

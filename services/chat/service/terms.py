@@ -63,6 +63,10 @@ class Treasury:
         self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._templates: dict[tuple[str, str], Template | None] = {}
 
+    def hold_cached(self, request: ChatRequest, caller: Identity, prompt_tokens: int) -> Hold:
+        """A hold for an answer that is there already: its prompt, and the one token that every hold has."""
+        return self._metering.hold(caller, model=request.model, input_tokens=prompt_tokens, max_output_tokens=1)
+
     async def prices(self, caller: Identity) -> dict[str, Price]:
         """The caller's prices by alias; empty while billing is away, since a list of models must not wait for it."""
         try:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +213,7 @@ async def owner(owner_url: str) -> Any:
 
 @contextmanager
 def service_process(
-    owner_url: str, http_port: int, grpc_port: int, **settings: str
+    owner_url: str, http_port: int, grpc_port: int, settings: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m services.billing`, as the launcher starts it. Killed at the end if it still runs."""
     environment = {
@@ -225,7 +225,7 @@ def service_process(
         "TOLLGATE_SIGNUP_CREDITS": "1",
         "TOLLGATE_BILLING_SWEEP_INTERVAL_S": "0.1",
         "TOLLGATE_LOG_LEVEL": "ERROR",
-        **settings,
+        **(settings or {}),
     }
     # Its errors come out with those of a test that fails.
     process = subprocess.Popen([sys.executable, "-m", "services.billing"], cwd=ROOT, env=environment)

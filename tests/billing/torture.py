@@ -299,7 +299,7 @@ class Victims:
                 parts = urlsplit(self.owner_url)
                 netloc = f"{parts.username}:{parts.password}@127.0.0.1:{self.traps[number].port}"
                 url = urlunsplit(parts._replace(netloc=netloc))
-                process = self._contexts[number].enter_context(service_process(url, *self._ports[number], **SETTINGS))
+                process = self._contexts[number].enter_context(service_process(url, *self._ports[number], SETTINGS))
                 self._processes[number] = process
         for _, grpc in self._ports:
             await eventually(partial(listens, grpc), "billing's start")

@@ -8,14 +8,18 @@ from functools import partial
 from services.inference.canary import Patience
 from services.inference.repository import DesiredFile
 from services.inference.routes import models as models_routes
+from services.inference.routes import texts as texts_routes
 from services.inference.service import Models, Room, any_ready
 from services.inference.servicer import CatalogueServicer
 from services.inference.settings import Settings
 from services.inference.tasks import Pace, Watcher
+from services.inference.texts import Texts
 from services.inference.triton import TritonServer
 from shared.clock import SystemClock
-from shared.grpc import create_server
+from shared.flags import Flags
+from shared.grpc import Caller, create_server
 from shared.identity import IdentityRing
+from shared.metering import Metering
 from shared.rpc import inference_pb2_grpc
 from shared.runtime import HttpServer, Service
 from shared.telemetry import GrpcMetrics, InferenceMetrics, new_registry
@@ -66,6 +70,15 @@ async def build(settings: Settings, stack: AsyncExitStack, readiness: Readiness)
 
     app = create_app(NAME, ring=ring, registry=registry, readiness=readiness)
     wait_max_s = settings.inference_ensure_wait_max_ms / 1000
+    flags = Flags(settings.flag_settings())
+    stack.push_async_callback(flags.close)
+    await flags.start()
+    billing = Caller(settings.billing_grpc, ring, service=NAME)
+    stack.push_async_callback(billing.close)
+    metering = Metering(billing)
+    stack.push_async_callback(metering.close)
+    texts = Texts(models, triton, flags, metering, settings.text_limits())
+    app.include_router(texts_routes.router(texts))
     app.include_router(models_routes.router(models, wait_max_s))
     grpc = create_server(ring, GrpcMetrics(registry, NAME))
     inference_pb2_grpc.add_CatalogueServicer_to_server(CatalogueServicer(models, wait_max_s), grpc)

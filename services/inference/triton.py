@@ -80,13 +80,23 @@ class TritonServer:
             raise TritonUnreachable(f"Triton does not tell the configuration of {build}.") from e
         return {name: value.string_value for name, value in answer.config.parameters.items()}
 
-    async def ask(self, build: str, body: Mapping[str, Any], *, timeout_s: float) -> list[dict[str, Any]]:
+    async def ask(
+        self,
+        build: str,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        tenant: str = CANARY_TENANT,
+        priority: int = CANARY_PRIORITY,
+    ) -> list[dict[str, Any]]:
         """Send one request and collect what comes back until the stream ends.
 
         Raises BuildDead for an error of Triton's own, BuildSilent when that takes longer than `timeout_s`,
         BuildRefused for an error of the model's, TritonUnreachable.
         """
-        stream = self._client.stream_infer(_requests(build, body, timeout_s), stream_timeout=timeout_s)
+        parameters = {"tg_priority": priority, "tg_tenant": tenant}
+        requests = _requests(build, body, timeout_s, parameters)
+        stream = self._client.stream_infer(requests, stream_timeout=timeout_s)
         answers: list[dict[str, Any]] = []
         try:
             async for result, error in stream:
@@ -126,14 +136,16 @@ def _configuration(path: Path) -> Any:
         raise LoadFailed(f"Loading failed: {path.name}: {_one_line(str(e))}") from e
 
 
-async def _requests(build: str, body: Mapping[str, Any], timeout_s: float) -> AsyncIterator[dict[str, Any]]:
+async def _requests(
+    build: str, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
     tensor = InferInput("REQUEST", [1], "BYTES")
     tensor.set_data_from_numpy(np.array([json.dumps(dict(body)).encode()], dtype=np.object_))
     yield {
         "model_name": build,
         "inputs": [tensor],
         "timeout": int(timeout_s * 1_000_000),
-        "parameters": {"tg_priority": CANARY_PRIORITY, "tg_tenant": CANARY_TENANT},
+        "parameters": dict(parameters),
     }
 
 

@@ -54,6 +54,7 @@ class RunningService:
     def __init__(
         self, service: Service, readiness: Readiness, ring: IdentityRing, repository: Path, triton_grpc: str
     ) -> None:
+        self.triton_grpc = triton_grpc
         self._triton = BackendClient(triton_grpc)
         self.readiness = readiness
         self.ring = ring
@@ -132,6 +133,9 @@ async def running_service(
         "INFERENCE_POLL_INTERVAL_MS": "100",
         "INFERENCE_BACKOFF_MIN_MS": "50",
         "INFERENCE_BACKOFF_MAX_MS": "500",
+        "BILLING_GRPC": "127.0.0.1:1",  # nobody, until a test brings a ledger
+        "UNLEASH_URL": "http://127.0.0.1:9/api",
+        "UNLEASH_TOKEN": "none",
         **settings,
     }.items():
         monkeypatch.setenv(f"TOLLGATE_{name}", value)

@@ -41,6 +41,9 @@ class HeldEngine:
         on_chunk(Chunk('{"x":"', "y", '"', Usage(1, 0, 1), True))
         return True
 
+    def compute(self, op: str, request: Mapping[str, Any]) -> bytes:
+        return f"{op} of {len(request['input'])}".encode()
+
     def count(self, request: Mapping[str, Any]) -> int:
         self.counted += 1
         return len(request["messages"][0]["content"])
@@ -132,6 +135,13 @@ def test_a_prompt_that_must_fit_is_not_counted(bench: Bench) -> None:
 
 def test_bad_json_is_refused(bench: Bench) -> None:
     assert bench.error(bench.submit(b"{")) == "invalid_request"
+
+
+def test_texts_are_computed_in_a_slot_and_answered_whole(bench: Bench) -> None:
+    bench.submit(b'{"op":"embed","input":["one","two"]}')
+    reply = bench.event()
+    assert isinstance(reply, Reply)
+    assert reply.content == b"embed of 2"
 
 
 def test_a_full_queue_is_refused(bench: Bench) -> None:

@@ -10,8 +10,8 @@ Facts for whoever starts tritonserver
 - Everything else is a `parameters` entry of config.pbtxt: see `config.py` here for names and units.
 
 The contract
-- Input REQUEST BYTES[1]: an OpenAI chat body as JSON, plus `op`: absent or "chat", "count",
-  "probe", or "status".
+- Input REQUEST BYTES[1]: an OpenAI chat body as JSON (or with a bare `prompt` for its `messages`), plus `op`: absent or
+  "chat", "count", "probe", or "status".
 - Request parameters `tg_priority` (int, smaller first, default 2), `tg_tenant` (string). The request's
   `timeout` (microseconds) is its deadline, queueing and generating together.
 - Output RESPONSE BYTES[1] each: one `chat.completion.chunk`. Its last member is always the cumulative
@@ -20,6 +20,8 @@ The contract
   `finish_reason` the final usage; there is no usage chunk with empty choices, whatever `stream_options` says.
   Tokens that pile up while the server is busy arrive as one chunk: count tokens by `usage`, never by chunks.
 - `op: count`: one response `{"prompt_tokens": n, "context_tokens": m}`, m per request.
+- `op: embed` with `input` (texts): one response `{"data": [base64 of little-endian float32, …], "prompt_tokens"}`;
+  `op: rerank` with `query` and `documents`: the same with a score for each document.
 - `op: status`: one response `{"context_tokens","slots","slots_busy","queue_depth","silence_ms","idle_ms"}`.
 - `op: probe`: the same, at once while the engine works, otherwise when it has generated for the body.
 - Errors: a TritonError whose message is `{"code", "message"}`; codes in `errors.py`.

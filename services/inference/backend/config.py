@@ -3,12 +3,14 @@
 | parameter | unit, default | meaning |
 |---|---|---|
 | engine | llama.cpp | the adapter |
+| task | chat | or embedding, rerank: what the model is for |
+| pooling | model | of embeddings: model (as the weights say), mean, cls, last |
 | weights | model.gguf | file beside model.py |
 | context_tokens | tokens, required | prompt + completion of one request |
 | slots | required | requests generated at the same time |
 | threads | 0 = all cores | compute threads of the engine |
 | n_gpu_layers | 0 | layers on the GPU; -1 = all |
-| batch_tokens | 64 | prompt tokens computed at once; a cancel during prefill waits for one such batch |
+| batch_tokens | 64 | prompt tokens computed at once: a cancel during prefill waits for one such batch (chat only) |
 | queue_max, tenant_queue_max | 64, 32 | waiting requests, in all and of one tenant |
 | tenant_slots_max | slots - 1 | requests of one tenant generated at once: one slot is always for somebody else |
 | intake_max | 256 | requests that wait to be counted |
@@ -21,6 +23,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+Task = Literal["chat", "embedding", "rerank"]
+Pooling = Literal["model", "mean", "cls", "last"]
+TASKS: tuple[Task, ...] = get_args(Task)
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+C = TypeVar("C", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,8 @@ class BackendConfig:
     build: str
     weights: Path
     engine: str
+    task: Task
+    pooling: Pooling
     context_tokens: int
     slots: int
     threads: int
@@ -62,13 +73,23 @@ class BackendConfig:
                 raise ValueError(f"{build}: parameter {name!r} is {value}, outside {least}..{most}")
             return value
 
+        def choice(name: str, known: tuple[C, ...]) -> C:
+            value = parameters.get(name, known[0])
+            for one in known:
+                if one == value:
+                    return one
+            raise ValueError(f"{build}: parameter {name!r} is {value!r}, none of {', '.join(known)}")
+
+        context_tokens = integer("context_tokens", None, 16)
         slots = integer("slots", None, 1, 256)
         queue_max = integer("queue_max", 64, 1, 100_000)
         config = BackendConfig(
             build=build,
             weights=folder / parameters.get("weights", "model.gguf"),
             engine=parameters.get("engine", "llama.cpp"),
-            context_tokens=integer("context_tokens", None, 16),
+            task=choice("task", TASKS),
+            pooling=choice("pooling", POOLINGS),
+            context_tokens=context_tokens,
             slots=slots,
             threads=integer("threads", 0, 0, 1024),
             n_gpu_layers=integer("n_gpu_layers", 0, -1, 10_000),

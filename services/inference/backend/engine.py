@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from services.inference.backend.request import Op
+
 
 class Usage(NamedTuple):
     """Tokens of one request so far. `prompt_tokens` is the whole prompt, its cached part included."""
@@ -70,8 +72,14 @@ class Engine(Protocol):
         Raises BackendError (invalid_request, context_length_exceeded, engine_error).
         """
 
+    def compute(self, op: Op, request: Mapping[str, Any]) -> bytes:
+        """The answer of an embedding or rerank model, as JSON (see the package's docstring).
+
+        Raises BackendError as `generate` does.
+        """
+
     def count(self, request: Mapping[str, Any]) -> int:
-        """Tokens of the prompt as the chat template renders it. Needs no slot.
+        """Tokens of the prompt as the chat template renders it, or of the longest of several texts. Needs no slot.
 
         Raises BackendError (invalid_request, engine_error).
         """

@@ -33,6 +33,7 @@ from services.inference.backend.config import BackendConfig
 from services.inference.backend.control import ControlTexts
 from services.inference.backend.engine import Cancelled, Chunk, OnChunk, Usage
 from services.inference.backend.errors import BackendError, context_length_exceeded, engine_failed
+from services.inference.backend.request import Op
 from services.inference.backend.slots import SlotTable, fingerprint
 
 COUNT_TIMEOUT_S = 10.0
@@ -80,15 +81,16 @@ class LlamaCpp:
 
     def __init__(self, config: BackendConfig) -> None:
         """Load the model. Raises GgufInvalid, RuntimeError when the engine cannot."""
-        self._control = ControlTexts.of_vocabulary(gguf.read_head(config.weights).metadata)
+        self.control = ControlTexts.of_vocabulary(gguf.read_head(config.weights).metadata)
         self._table = SlotTable(config.slots)
         self._context_tokens = config.context_tokens
         self._slots = config.slots
         self._completion_tokens_default = config.completion_tokens_default or config.context_tokens
         self._build = config.build
+        self.task = config.task
         self._key = secrets.token_urlsafe(32)
-        self._server = xllamacpp.Server(_parameters(config, self._key))
-        address = str(self._server.listening_address).removeprefix("http://")
+        self.server = xllamacpp.Server(_parameters(config, self._key))
+        address = str(self.server.listening_address).removeprefix("http://")
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
         self._local = threading.local()
@@ -114,11 +116,11 @@ class LlamaCpp:
         body.update(id_slot=lease.slot, cache_prompt=lease.may_reuse)
         try:
             if "prompt" in body:
-                self._server.handle_completions(json.dumps(body), lambda chunk: stream(plain.as_chat(chunk)))
+                self.server.handle_completions(json.dumps(body), lambda chunk: stream(plain.as_chat(chunk)))
             else:
-                self._server.handle_chat_completions(json.dumps(body), stream)
+                self.server.handle_chat_completions(json.dumps(body), stream)
         except (ValueError, TypeError) as error:
-            raise BackendError("invalid_request", _sentence(str(error)), repr(error)) from error
+            raise BackendError("invalid_request", sentence(str(error)), repr(error)) from error
         except RuntimeError as error:
             raise engine_failed(repr(error)) from error
         finally:
@@ -127,20 +129,23 @@ class LlamaCpp:
             raise stream.failure
         return not stream.stopped
 
+    def compute(self, op: Op, request: Mapping[str, Any]) -> bytes:
+        raise BackendError("invalid_request", f"This is a chat model; it does not serve `{op}`.")
+
     def count(self, request: Mapping[str, Any]) -> int:
         body = self._forwarded(request)
         if "prompt" in body:
-            status, answer = self._post("/tokenize", {"content": body["prompt"], "add_special": True})
+            status, answer = self.post("/tokenize", {"content": body["prompt"], "add_special": True})
             if status == http.client.OK and isinstance(answer.get("tokens"), list):
                 return len(answer["tokens"])
             raise _refusal(answer, self._context_tokens)
-        status, answer = self._post("/v1/chat/completions/input_tokens", body)
+        status, answer = self.post("/v1/chat/completions/input_tokens", body)
         if status == http.client.OK and isinstance(answer.get("input_tokens"), int):
             return int(answer["input_tokens"])
         raise _refusal(answer, self._context_tokens)
 
     def close(self) -> None:
-        del self._server
+        del self.server
 
     def _forwarded(self, request: Mapping[str, Any]) -> dict[str, Any]:
         for message in request.get("messages", ()):
@@ -149,14 +154,14 @@ class LlamaCpp:
         body = {name: request[name] for name in FORWARDED if request.get(name) is not None}
         for name in RENDERED:
             if name in body:
-                body[name] = self._control.neutral(body[name])
+                body[name] = self.control.neutral(body[name])
         limit = request.get("max_completion_tokens") or request.get("max_tokens")
         body["max_tokens"] = min(limit or self._completion_tokens_default, self._context_tokens)
         if (prompt := request.get("prompt")) is not None:
-            return plain.engine_body(body, self._control.neutral(prompt))
+            return plain.engine_body(body, self.control.neutral(prompt))
         return body
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         """One connection a thread; the engine drops idle ones, so a dropped one is opened once more."""
         content = json.dumps(body)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
@@ -273,7 +278,19 @@ def _parameters(config: BackendConfig, key: str) -> Any:
     parameters.n_threads_http = HTTP_THREADS
     parameters.endpoint_slots = False
     parameters.ui = False
+    if config.task != "chat":
+        _for_texts(parameters, config)
     return parameters
+
+
+def _for_texts(parameters: Any, config: BackendConfig) -> None:
+    """Of an embedding or rerank model: a text is computed whole."""
+    parameters.embedding = True
+    parameters.n_batch = parameters.n_ubatch = config.context_tokens
+    kinds = xllamacpp.llama_pooling_type
+    pooling = "rank" if config.task == "rerank" else config.pooling
+    if pooling != "model":
+        parameters.pooling_type = getattr(kinds, f"LLAMA_POOLING_TYPE_{pooling.upper()}")
 
 
 def _refusal(answer: Mapping[str, Any], context_tokens: int | None) -> BackendError:
@@ -285,7 +302,7 @@ def _refusal(answer: Mapping[str, Any], context_tokens: int | None) -> BackendEr
         return context_length_exceeded(int(error["n_prompt_tokens"]), context_tokens or int(error["n_ctx"]))
     message = str(error.get("message", ""))
     if error.get("type") == "invalid_request_error":
-        return BackendError("invalid_request", _sentence(message), message)
+        return BackendError("invalid_request", sentence(message), message)
     return engine_failed(message[:MESSAGE_CHARACTERS_MAX])
 
 
@@ -295,7 +312,7 @@ def _has_other_than_text(content: object) -> bool:
     )
 
 
-def _sentence(message: str) -> str:
+def sentence(message: str) -> str:
     """The engine's own words about a bad body: one line, printable, short."""
     line = "".join(character for character in message.partition("\n")[0] if character.isprintable())
     return f"The engine refuses the request: {line[:MESSAGE_CHARACTERS_MAX]}"

@@ -13,6 +13,7 @@ from services.inference.backend.dispatcher import Dispatcher
 from services.inference.backend.engine import Engine
 from services.inference.backend.job import Job
 from services.inference.backend.llamacpp import LlamaCpp
+from services.inference.backend.llamacpp_texts import LlamaCppTexts
 from services.inference.backend.scheduler import Scheduler
 
 PRIORITY_DEFAULT = 2
@@ -20,7 +21,12 @@ TENANT_CHARACTERS_MAX = 64
 MILLISECONDS = 1_000
 MICROSECONDS = 1_000_000
 
-ENGINES: dict[str, Callable[[BackendConfig], Engine]] = {"llama.cpp": LlamaCpp}
+
+def _llama_cpp(config: BackendConfig) -> Engine:
+    return LlamaCpp(config) if config.task == "chat" else LlamaCppTexts(config)
+
+
+ENGINES: dict[str, Callable[[BackendConfig], Engine]] = {"llama.cpp": _llama_cpp}
 
 
 class TritonPythonModel:

@@ -5,15 +5,19 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from services.inference.backend.errors import BackendError
 
-Op = Literal["chat", "count", "probe", "status"]
+Op = Literal["chat", "embed", "rerank", "count", "probe", "status"]
 OPS: tuple[Op, ...] = get_args(Op)
+
+TEXTS_MAX = 2048
 
 CANARY_TENANT = "tollgate:canary"
 """Whose requests are no use of the build."""
 
 
 class ParsedRequest(NamedTuple):
-    """`body` is the OpenAI chat body without `op`, with `messages` or a bare `prompt`."""
+    """`body` is the request without `op`: an OpenAI chat body with `messages` or a bare `prompt`, of `embed` the texts
+    `input`, of `rerank` a `query` and `documents`.
+    """
 
     op: Op
     body: dict[str, Any]
@@ -36,6 +40,28 @@ def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
     op = body.pop("op", "chat")
     if op not in OPS:
         raise invalid(f"`op` must be one of {', '.join(OPS)}.")
+    if op == "embed":
+        _texts(body, "input")
+    elif op == "rerank":
+        _texts(body, "documents")
+        if not isinstance(body.get("query"), str) or not body["query"]:
+            raise invalid("`query` must be a non-empty string.")
+    elif "input" in body and "messages" not in body:
+        _texts(body, "input")
+    else:
+        _chat(body)
+    return ParsedRequest(cast(Op, op), body)
+
+
+def _texts(body: dict[str, Any], name: str) -> None:
+    texts = body.get(name)
+    if not isinstance(texts, list) or not 1 <= len(texts) <= TEXTS_MAX:
+        raise invalid(f"`{name}` must be an array of 1 to {TEXTS_MAX} strings.")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise invalid(f"`{name}` must hold non-empty strings.")
+
+
+def _chat(body: dict[str, Any]) -> None:
     messages, prompt = body.get("messages"), body.get("prompt")
     if prompt is not None:
         if not isinstance(prompt, str) or not prompt or messages is not None:
@@ -48,4 +74,3 @@ def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
         value = body.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise invalid(f"`{name}` must be a positive integer.")
-    return ParsedRequest(cast(Op, op), body)

@@ -1,7 +1,7 @@
 """Intake, queue and workers: everything between `execute` and the dispatcher, free of Triton.
 
-A job ends exactly once, by one event: Reply (op count, probe, status), or End after any number of Piece. Whoever has
-the job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
+A job ends exactly once, by one event: Reply (every op but chat), or End after any number of Piece. Whoever has the
+job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
 worker otherwise.
 
 Intake runs in the caller's thread and never blocks; only what has to be counted goes through the counting
@@ -178,16 +178,31 @@ class Scheduler:
                 if not self.busy_slots:
                     self._heard_at = self._clock()
                 self.busy_slots += 1
-            error = self._generate(job)
+            error, answer = self._serve(job)
             with self._busy_lock:
                 self.busy_slots -= 1
             self._queue.done(job.tenant)
             if job.tenant != request.CANARY_TENANT:
                 self._used_at = self._clock()
-            if job.op == "probe" and error is None:
-                self._post(Reply(job, self._status()))
-            else:
-                self._post(End(job, error))
+            self._post(End(job, error) if answer is None else Reply(job, answer))
+
+    def _serve(self, job: Job) -> tuple[BackendError | None, bytes | None]:
+        """The error that ends a job, if any; the whole answer of one that is no stream."""
+        if job.op in ("embed", "rerank"):
+            return self._compute(job)
+        error = self._generate(job)
+        return error, self._status() if job.op == "probe" and error is None else None
+
+    def _compute(self, job: Job) -> tuple[BackendError | None, bytes | None]:
+        job.started_at = self._clock()
+        if job.is_stopped():
+            return job.stop_error(), None
+        try:
+            return None, self._engine.compute(job.op, job.request)
+        except BackendError as error:
+            return error, None
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the slot
+            return errors.engine_failed(f"worker: {error!r}"), None
 
     def _status(self) -> bytes:
         """`idle_ms`: since the build last did something for anybody but its canary."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from services.chat import tasks
@@ -11,7 +12,7 @@ from services.chat.domain.catalogue import BuildState
 from services.chat.errors import model_loading
 from services.chat.repository.replays import ReplayRepository
 from services.chat.repository.stored import StoredRepository
-from services.chat.routes import completions, models, stored, text_completions, tokenize
+from services.chat.routes import completions, messages, models, responses, stored, text_completions, tokenize
 from services.chat.routes.desk import Desk
 from services.chat.service.cache import CacheLimits, ResponseCache
 from services.chat.service.completion import ChatService
@@ -21,7 +22,7 @@ from services.chat.service.terms import Treasury
 from services.chat.settings import ChatSettings
 from services.chat.triton import TritonClient
 from shared import database, telemetry, web
-from shared.clock import SystemClock
+from shared.clock import Clock, SystemClock
 from shared.flags import Flags
 from shared.grpc import Caller
 from shared.identity import IdentityRing
@@ -77,6 +78,41 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
         metrics=metrics,
     )
 
+    desk, library, purges = _desk(settings, stack, clock, service, treasury, link)
+    app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
+    for router in (
+        completions.create_router(desk),
+        text_completions.create_router(desk),
+        tokenize.create_router(service, treasury),
+        stored.create_router(library),
+        stored.create_accounts_router(library),
+        responses.create_router(desk),
+        messages.create_router(desk),
+        models.create_router(service, treasury),
+    ):
+        app.include_router(router)
+    readiness.add("catalogue", _catalogue_check(catalogue))
+    readiness.add("billing", _billing_check(metering))
+
+    pauses_s = settings.catalogue_refresh_ms / 1000, settings.catalogue_refresh_loading_ms / 1000
+    return Service(
+        http=[HttpServer(app, settings.chat_http_listen)],
+        tasks={
+            "catalogue": lambda: tasks.keep_catalogue(catalogue, *pauses_s),
+            "purge": lambda: tasks.keep_purging(purges, settings.chat_purge_interval_s),
+        },
+    )
+
+
+def _desk(
+    settings: ChatSettings,
+    stack: AsyncExitStack,
+    clock: Clock,
+    service: ChatService,
+    treasury: Treasury,
+    link: RedisLink,
+) -> tuple[Desk, Library, Sequence[tasks.Purge]]:
+    """What stands between the routes and the service: cache, kept completions, idempotency keys."""
     engine = database.create_engine(
         settings.chat_database_url.get_secret_value(),
         application="tollgate-chat",
@@ -87,34 +123,16 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     kept = StoredRepository(engine, retention_days=settings.chat_retention_days)
     results = ReplayRepository(
         engine,
-        busy_s=limits.generation_timeout_s + CLAIM_MARGIN_S,
+        busy_s=service.limits.generation_timeout_s + CLAIM_MARGIN_S,
         kept_s=settings.chat_replay_kept_h * 3_600,
     )
     replays = Replays(results)
     stack.push_async_callback(replays.close, settings.drain_timeout_s)
-    library = Library(kept, clock)
     cache = ResponseCache(
         service, treasury, link, CacheLimits(settings.chat_cache_ttl_s, settings.chat_cache_bytes_max)
     )
-    desk = Desk(service, cache, library, replays, clock)
-
-    app = web.create_app("chat", ring=ring, registry=registry, readiness=readiness, description=__doc__)
-    app.include_router(completions.create_router(desk))
-    app.include_router(text_completions.create_router(desk))
-    app.include_router(tokenize.create_router(service, treasury))
-    app.include_router(stored.create_router(library))
-    app.include_router(models.create_router(service, treasury))
-    readiness.add("catalogue", _catalogue_check(catalogue))
-    readiness.add("billing", _billing_check(metering))
-
-    pauses_s = settings.catalogue_refresh_ms / 1000, settings.catalogue_refresh_loading_ms / 1000
-    return Service(
-        http=[HttpServer(app, settings.chat_http_listen)],
-        tasks={
-            "catalogue": lambda: tasks.keep_catalogue(catalogue, *pauses_s),
-            "purge": lambda: tasks.keep_purging((kept.purge, results.purge), settings.chat_purge_interval_s),
-        },
-    )
+    library = Library(kept, clock)
+    return Desk(service, cache, library, replays, clock), library, (kept.purge, results.purge)
 
 
 def _catalogue_check(catalogue: CatalogueClient) -> web.Check:

@@ -164,6 +164,14 @@ def not_stored(kind: str) -> NotFound:
     return NotFound(f"There is no stored {kind} with this id.", code=f"{kind}_not_found", param="id")
 
 
+def previous_response_unknown() -> InvalidRequest:
+    return InvalidRequest(
+        "There is no stored response with this id.",
+        code="previous_response_not_found",
+        param="previous_response_id",
+    )
+
+
 def request_in_progress() -> Conflict:
     return Conflict(
         "A request with this Idempotency-Key is under way. Retry for its answer.",

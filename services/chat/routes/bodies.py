@@ -28,6 +28,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "suffix": (None, ""),
     "best_of": (None, 1),
+    "truncation": (None, "disabled"),
+    "background": (None, False),
+    "reasoning": (None, {}),
 }
 
 _TAG = "$"  # begins the names of a union's members, which pydantic puts into the place of an error

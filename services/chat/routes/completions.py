@@ -13,7 +13,7 @@ from services.chat.service.library import Draft
 from shared.web import Caller
 
 SCOPE = "chat"
-PREFIX = "chatcmpl"
+PREFIX = "chatcmpl-"
 
 
 def create_router(desk: Desk) -> APIRouter:

@@ -140,7 +140,7 @@ def choice_wire(index: int, choice: Choice) -> dict[str, Any]:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+    return prefix + secrets.token_hex(12)
 
 
 def event_bytes(data: Fields) -> bytes:

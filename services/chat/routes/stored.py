@@ -82,6 +82,13 @@ def create_router(library: Library) -> APIRouter:
         await library.delete(_scoped(identity), "completion", id)
         return {"object": "chat.completion.deleted", "id": id, "deleted": True}
 
+    return router
+
+
+def create_accounts_router(library: Library) -> APIRouter:
+    """What an organisation knows and decides about everything that it keeps."""
+    router = APIRouter(prefix="/v1/chat", tags=["chat"])
+
     @router.get("/statistics", summary="What was asked, by user and model", **documents.STATISTICS)
     async def statistics(identity: Caller) -> dict[str, Any]:
         found = await library.statistics(_scoped(identity))

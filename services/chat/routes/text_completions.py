@@ -23,7 +23,7 @@ from shared.errors import InvalidRequest, TollgateError, openai_body
 from shared.web import Caller
 
 SCOPE = "chat"
-PREFIX = "cmpl"
+PREFIX = "cmpl-"
 MAX_TOKENS_DEFAULT = 16  # OpenAI's
 LOGPROBS_MAX = 5
 

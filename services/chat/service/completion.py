@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from services.chat.clients import CatalogueClient
 from services.chat.domain.answers import LENGTH, Answer, answer
 from services.chat.domain.breaker import Breakers
-from services.chat.domain.catalogue import Build, Model, fallback_chain
+from services.chat.domain.catalogue import Build, BuildState, Model, fallback_chain
 from services.chat.domain.request import ChatRequest, Limits, Priority
 from services.chat.errors import (
     builds_failing,
@@ -42,6 +42,7 @@ from shared.telemetry import ChatMetrics, get_logger
 log = get_logger(__name__)
 
 CREDITS = "credits"
+CHAT = "chat"  # a kind of model
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,13 @@ class ChatService:
         if model is None or not _may_use(caller, alias):
             raise model_not_found(alias)
         return model
+
+    def first_model(self, caller: Identity) -> str:
+        """The alias of the first model for chats that the caller may use. Raises NotFound (model_not_found)."""
+        found = next((m.alias for m in self.models(caller) if m.kind == CHAT and m.state is BuildState.READY), None)
+        if found is None:
+            raise model_not_found(CHAT)
+        return found
 
     def build(self, request: ChatRequest, caller: Identity) -> Build:
         """The build that would serve this request now. Raises NotFound, Unavailable."""
@@ -252,6 +260,7 @@ class ChatService:
             held_nano=hold.amount_nano,
             settled_nano=settled.settled_nano if settled is not None else None,
             limited_by=CREDITS if work.watch.outcome == LENGTH and work.terms.is_clamped else None,
+            available_nano=settled.available_nano if settled is not None else None,
         )
 
     @contextmanager

@@ -40,7 +40,7 @@ class Receipt:
     """What a request cost. `settled_nano` None: the ledger has not answered yet; it settles later.
 
     `limited_by` says what ended an answer with `length` where the client set no limit: `credits`. `cached`: the answer
-    came from the response cache.
+    came from the response cache. `available_nano` is what the wallet has left, where the ledger has said.
     """
 
     hold_id: str
@@ -49,6 +49,7 @@ class Receipt:
     settled_nano: int | None
     limited_by: str | None = None
     cached: bool = False
+    available_nano: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

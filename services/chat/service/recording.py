@@ -60,7 +60,15 @@ def _entry(event: Event) -> list[object]:
             return [
                 "settled",
                 [used.input_tokens, used.cached_input_tokens, used.output_tokens],
-                [bill.hold_id, bill.build, bill.held_nano, bill.settled_nano, bill.limited_by, bill.cached],
+                [
+                    bill.hold_id,
+                    bill.build,
+                    bill.held_nano,
+                    bill.settled_nano,
+                    bill.limited_by,
+                    bill.cached,
+                    bill.available_nano,
+                ],
             ]
 
 

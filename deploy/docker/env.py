@@ -38,6 +38,7 @@ def generate() -> Iterator[tuple[str, str]]:
     yield "TOLLGATE_IDENTITY_KEYS", f"k1:{_key()}"
     yield "TOLLGATE_API_KEY_PEPPERS", f"1:{_key()}"
     yield "TOLLGATE_AUTH_SECRET_KEY", _key()
+    yield "TOLLGATE_BILLING_SECRET_KEYS", f"k1:{_key()}"
 
 
 def _key() -> str:

@@ -90,6 +90,8 @@ class Services:
         if service == "auth":
             own["TOLLGATE_AUTH_SELF_SERVICE_ORGS"] = "true"
             own["TOLLGATE_AUTH_SECRET_KEY"] = self.secrets["auth_secret_key"]
+        if service == "billing":
+            own["TOLLGATE_BILLING_SECRET_KEYS"] = self.secrets["billing_secret_keys"]
         if service in {"chat", "inference"}:
             own |= {
                 "TOLLGATE_TRITON_GRPC": self.address("triton_grpc"),

@@ -168,6 +168,7 @@ def _generated_secrets() -> Iterator[tuple[str, str]]:
     yield "identity_keys", f"k1:{base64_key()}"
     yield "api_key_peppers", f"1:{base64_key()}"
     yield "auth_secret_key", base64_key()
+    yield "billing_secret_keys", f"k1:{base64_key()}"
     yield "unleash_session_secret", secrets.token_hex(32)
     # Unleash reads the part before the dot as <projects>:<environment>.
     yield "unleash_admin_token", f"*:*.{secrets.token_hex(28)}"

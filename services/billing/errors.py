@@ -123,6 +123,26 @@ class PaymentUnavailable(Unavailable):
     default_message = "The payment provider does not answer right now. Retry with the same Idempotency-Key."
 
 
+class WebhooksNotOffered(NotFound):
+    default_code = "webhooks_not_offered"
+    default_message = "Webhooks are not set up here. Ask the operator."
+
+
+class WebhookNotFound(NotFound):
+    default_code = "webhook_not_found"
+    default_message = "There is no webhook of this id in this wallet."
+
+
+class TooManyEndpoints(Conflict):
+    default_code = "too_many_webhooks"
+    default_message = "A wallet has at most ten webhooks. Remove one first."
+
+
+class UnsafeDestination(InvalidRequest):
+    default_code = "unsafe_destination"
+    default_message = "A webhook goes to a public address by https, without user, password or fragment."
+
+
 class InvalidSignature(InvalidRequest):
     default_code = "invalid_signature"
     default_message = "The signature does not match this body, or is too old."

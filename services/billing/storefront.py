@@ -15,12 +15,15 @@ from services.billing.payments.manual import ManualPayments
 from services.billing.payments.port import PaymentProvider
 from services.billing.payments.stripe import StripeAccount, StripePayments
 from services.billing.repository.database import Database
-from services.billing.routes import admin, budgets, prices, topups, transactions, usage, wallet
-from services.billing.service import Budgets, History, Prices, TopUps, TopUpTerms, Wallets
+from services.billing.routes import admin, budgets, prices, topups, transactions, usage, wallet, webhooks
+from services.billing.service import Alerts, Budgets, History, Prices, TopUps, TopUpTerms, Wallets, Webhooks
+from services.billing.service.deliveries import Deliveries, DeliveryLimits
 from services.billing.storefront_settings import StorefrontSettings
+from services.billing.webhooks.sender import WebhookSender
+from services.billing.webhooks.signature import SecretRing
 from shared.clock import SystemClock
 
-NOUNS = (wallet, transactions, usage, topups, budgets, prices, admin)
+NOUNS = (wallet, transactions, usage, topups, budgets, webhooks, prices, admin)
 
 Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
@@ -39,10 +42,42 @@ def open_storefront(
         stack.push_async_callback(provider.close)
     app.state.topups = TopUps(database, ledger, providers, _terms(settings), SystemClock())
 
+    keys = settings.billing_secret_keys
+    ring = None if keys is None else SecretRing(keys.get_secret_value())
+    app.state.webhooks = Webhooks(database, ledger, ring, private=settings.billing_webhook_private)
+    app.state.alerts = Alerts(database, ledger)
+
     for noun in NOUNS:
         app.include_router(noun.router)
-    watch = partial(app.state.topups.watch, settings.billing_topup_watch_interval_s, settings.billing_topup_unchecked_s)
-    return {"topups": watch}
+    tasks: Tasks = {
+        "topups": partial(
+            app.state.topups.watch, settings.billing_topup_watch_interval_s, settings.billing_topup_unchecked_s
+        )
+    }
+    if ring is not None:
+        tasks["alerts"] = partial(app.state.alerts.run, settings.billing_alert_interval_s)
+        tasks["webhooks"] = _deliveries(settings, database, ring, stack).run
+    return tasks
+
+
+def _deliveries(
+    settings: StorefrontSettings, database: Database, ring: SecretRing, stack: AsyncExitStack
+) -> Deliveries:
+    limits = DeliveryLimits(
+        retries_s=settings.billing_webhook_retries_s,
+        in_flight_max=settings.billing_webhooks_in_flight_max,
+        per_endpoint_max=settings.billing_webhooks_per_endpoint_max,
+        timeout_s=settings.billing_webhook_timeout_s,
+        interval_s=settings.billing_webhook_interval_s,
+        kept_s=settings.billing_webhook_kept_s,
+    )
+    sender = WebhookSender(
+        timeout_s=limits.timeout_s,
+        connections_max=limits.in_flight_max,
+        private=settings.billing_webhook_private,
+    )
+    stack.push_async_callback(sender.close)
+    return Deliveries(database, sender, ring, limits)
 
 
 def _providers(settings: StorefrontSettings) -> dict[str, PaymentProvider]:

@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import Depends, Header, Request
 
 from services.billing.errors import IdempotencyKeyRequired
-from services.billing.service import Author, Budgets, History, Prices, TopUps, Wallets
+from services.billing.service import Alerts, Author, Budgets, History, Prices, TopUps, Wallets, Webhooks
 from shared.errors import PermissionDenied
 from shared.identity import Identity
 from shared.web import Caller
@@ -22,66 +22,80 @@ ADMIN_ROLES = ("operator", "admin")
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", description="Required; new for each request.")]
 
 
-def wallets(request: Request) -> Wallets:
+async def wallets(request: Request) -> Wallets:
     found: Wallets = request.app.state.wallets
     return found
 
 
-def history(request: Request) -> History:
+async def history(request: Request) -> History:
     found: History = request.app.state.history
     return found
 
 
-def budgets(request: Request) -> Budgets:
+async def budgets(request: Request) -> Budgets:
     found: Budgets = request.app.state.budgets
     return found
 
 
-def topups(request: Request) -> TopUps:
+async def topups(request: Request) -> TopUps:
     found: TopUps = request.app.state.topups
     return found
 
 
-def prices(request: Request) -> Prices:
+async def webhooks(request: Request) -> Webhooks:
+    found: Webhooks = request.app.state.webhooks
+    return found
+
+
+async def alerts(request: Request) -> Alerts:
+    found: Alerts = request.app.state.alerts
+    return found
+
+
+async def prices(request: Request) -> Prices:
     found: Prices = request.app.state.prices
     return found
 
 
-def reader(identity: Caller) -> Identity:
+async def reader(identity: Caller) -> Identity:
     """Who may read their organisation's wallet."""
     identity.require_scope(READ_SCOPE)
     return identity
 
 
-def writer(identity: Caller) -> Identity:
+async def writer(identity: Caller) -> Identity:
     """Who may change what belongs to their organisation's wallet."""
     identity.require_scope(WRITE_SCOPE)
     return identity
 
 
-def operator(identity: Caller) -> Identity:
+async def operator(identity: Caller) -> Identity:
     """Who may look at and change everybody's."""
     identity.require_role(*ADMIN_ROLES)
     identity.require_scope(ADMIN_SCOPE)
     return identity
 
 
-def own_wallet(identity: Annotated[Identity, Depends(reader)]) -> UUID:
+async def own_wallet(identity: Annotated[Identity, Depends(reader)]) -> UUID:
     """The caller's organisation: no route takes another one's id from a customer."""
     return organisation(identity)
 
 
-def person(identity: Annotated[Identity, Depends(reader)]) -> UUID | None:
+async def person(identity: Annotated[Identity, Depends(reader)]) -> UUID | None:
     """The user who asks, or on whose behalf a key does."""
     return _id(identity.user_id)
 
 
-def customer_author(identity: Annotated[Identity, Depends(writer)], idempotency_key: IdempotencyKey = None) -> Author:
+async def customer_author(
+    identity: Annotated[Identity, Depends(writer)], idempotency_key: IdempotencyKey = None
+) -> Author:
     """A customer who writes, for the wallet of their own organisation. Raises IdempotencyKeyRequired."""
     return _author(identity, idempotency_key)
 
 
-def operator_author(identity: Annotated[Identity, Depends(operator)], idempotency_key: IdempotencyKey = None) -> Author:
+async def operator_author(
+    identity: Annotated[Identity, Depends(operator)], idempotency_key: IdempotencyKey = None
+) -> Author:
     """An operator who writes. Raises IdempotencyKeyRequired."""
     return _author(identity, idempotency_key)
 
@@ -111,6 +125,8 @@ WalletService = Annotated[Wallets, Depends(wallets)]
 HistoryService = Annotated[History, Depends(history)]
 BudgetService = Annotated[Budgets, Depends(budgets)]
 TopUpService = Annotated[TopUps, Depends(topups)]
+WebhookService = Annotated[Webhooks, Depends(webhooks)]
+AlertService = Annotated[Alerts, Depends(alerts)]
 PriceService = Annotated[Prices, Depends(prices)]
 Reader = Annotated[Identity, Depends(reader)]
 Writer = Annotated[Identity, Depends(writer)]

@@ -74,7 +74,7 @@ class TransactionsAnswer(BaseModel):
     )
 
 
-def wanted(
+async def wanted(
     kind: Annotated[list[TransferCode] | None, Query(description="May be repeated.")] = None,
     model: Annotated[Model | None, Query()] = None,
     key_id: Annotated[UUID | None, Query()] = None,

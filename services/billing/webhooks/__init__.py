@@ -1,0 +1,1 @@
+"""Messages to customers' own addresses, signed after the Standard Webhooks specification."""

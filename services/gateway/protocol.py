@@ -18,6 +18,7 @@ from typing import Any
 from services.gateway.relay import Relay
 from services.gateway.relayed import Relayed
 from services.gateway.target import Targets
+from shared.errors import InvalidRequest
 from shared.http_protocol import GuardedHttpProtocol
 
 PIPELINED_MAX = 16
@@ -51,6 +52,10 @@ class EdgeProtocol(GuardedHttpProtocol):
         super().connection_lost(exc)
         if relayed is not None:
             relayed.client_gone()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_deaf:
+            super().data_received(data)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -90,7 +95,7 @@ class EdgeProtocol(GuardedHttpProtocol):
             target,
             self.headers,
             keep_alive=version == "1.1" and self.parser.should_keep_alive() and not self.parser.should_upgrade(),
-            is_http_10=version == "1.0",
+            version=version,
         )
         waits_for, self.cycle = self.cycle, relayed  # type: ignore[assignment]
         self._arriving = relayed
@@ -114,8 +119,20 @@ class EdgeProtocol(GuardedHttpProtocol):
             arriving.feed_end()
         elif not self._is_deaf:
             super().on_message_complete()
-        elif self._relayed is None and self.cycle.response_complete:
-            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. Nothing is written into, or after, the answer to what came before it."""
+        if self._is_deaf:
+            return
+        self._is_deaf = True
+        if self._arriving is not None and self._arriving is self._relayed:
+            self._arriving.fail(InvalidRequest("The body is not framed as its head says.", code="invalid_framing"))
+        elif self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+            if self._relayed is not None:
+                self._relayed.keep_alive = False
+        else:
+            super().send_400_response(msg)
 
     # The relay's side: a Client
 

@@ -14,6 +14,7 @@ proper end, so that no client can take a broken stream for a complete one.
 from __future__ import annotations
 
 import asyncio
+import re
 import zlib
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +47,7 @@ READ_AHEAD_BYTES = 64 * 1024
 WHOLE_BYTES_MAX = 64 * 1024
 GZIP_LEVEL, GZIP_WBITS = 1, 31
 BODILESS = (204, 304)
+HOST = re.compile(rb"(?:[\w.~%!$&'()*+,;=-]+|\[[\dA-Fa-f:.]+\])(?::\d{0,5})?")  # RFC 3986
 BODY_METHODS = ("POST", "PUT", "PATCH")
 CLIENT_GONE_STATUS = 499  # nginx's number for it, in logs and metrics only
 NO_STORE = b"cache-control: no-store\r\n"
@@ -86,7 +88,7 @@ class Relayed(Exchange):
     _gzip: Any = None
     _is_chunked = _is_held = False
     _head_out = b""
-    _held_status = 0
+    _status_out = 0
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Relayed(Exchange):
         headers: RawHeaders,
         *,
         keep_alive: bool,
-        is_http_10: bool,
+        version: str,
     ) -> None:
         self._relay = relay
         self._client = client
@@ -107,7 +109,8 @@ class Relayed(Exchange):
         self._target = target
         self._headers = headers
         self._head: RequestHead
-        self._is_http_10 = is_http_10
+        self._is_known_version = version in ("1.1", "1.0")
+        self._is_http_10 = version != "1.1"
         self._pieces: list[bytes] = []  # of the request's body, then of the response's
 
     # The client's side
@@ -118,6 +121,8 @@ class Relayed(Exchange):
         try:
             self._read()
         except TollgateError as e:
+            if isinstance(e, InvalidRequest):
+                self.keep_alive = False  # who breaks the rules of HTTP may mean something else by what follows
             self.fail(e)
             return
         if not self.response_complete:
@@ -141,6 +146,8 @@ class Relayed(Exchange):
 
     def feed_end(self) -> None:
         """The request's body is complete."""
+        if self.is_whole:
+            return
         self.is_whole = True
         if self._connection is not None:
             self._connection.send_more(b"0\r\n\r\n" if self._head.length is None else b"", is_complete=True)
@@ -202,11 +209,14 @@ class Relayed(Exchange):
         self.address = self._relay.addresses.of(self.address, self._headers)
         head = self._head = read_request(self._headers)
         self._headers = []
+        self.is_whole = self.is_whole or not (head.is_chunked or head.length)
         if (offered := head.known.get(b"x-request-id")) is not None:
             self.request_id = ids.accepted_request_id(offered.decode("latin-1"))
         self._relay.trace_begin(self, head)
-        if b"host" not in head.known and not self._is_http_10:
-            raise InvalidRequest("The header Host is missing.", code="missing_host")
+        if not self._is_known_version:
+            raise InvalidRequest("This server speaks HTTP/1.1.", code="invalid_version")
+        if not HOST.fullmatch(head.known.get(b"host", b"none" if self._is_http_10 else b"")):
+            raise InvalidRequest("The header Host is missing or names no host.", code="invalid_host")
         if head.is_chunked and self._is_http_10:
             raise InvalidRequest("HTTP/1.0 has no transfer encodings.", code="invalid_framing")
         if self.method not in route.methods:
@@ -276,10 +286,7 @@ class Relayed(Exchange):
         if not head.has_policy:
             head.lines.append(NO_STORE)
         self._head_out = self._response_head(status, head.lines)
-        if self._is_held:
-            self._held_status = status
-        else:
-            self.status = status
+        self._status_out = status
 
     def piece(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -293,7 +300,6 @@ class Relayed(Exchange):
         assert self._replica is not None
         self._connection = None
         self._replica.succeeded()
-        self.status = self.status or self._held_status
         self._write(is_last=True)
         self.complete = True
         self._finish()
@@ -369,6 +375,7 @@ class Relayed(Exchange):
                 data += b"0\r\n\r\n"
         if self._head_out:
             data, self._head_out = self._head_out + data, b""
+            self.status = self._status_out
         if data:
             self._client.write(data)
 

@@ -9,10 +9,29 @@ from typing import Any
 import httpx
 
 from tests.conftest import ROOT, Components
-from tests.gateway.harness import IDENTITY_KEYS, PEPPERS, Backend, Directory
+from tests.gateway.harness import IDENTITY_KEYS, PEPPERS, Backend, Directory, Key
 from tests.gateway.outages import DEADLINE_S, eventually, free_port
 
 CHAT = "/v1/chat/completions"
+
+
+async def start(port: int, components: Components, database_url: str, backend: Backend) -> asyncio.subprocess.Process:
+    """The gateway as a process of its own."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.gateway"),
+        cwd=ROOT,
+        env={
+            "PATH": os.environ["PATH"],
+            "TOLLGATE_GATEWAY_LISTEN": f"127.0.0.1:{port}",
+            "TOLLGATE_GATEWAY_INTERNAL_LISTEN": f"127.0.0.1:{free_port()}",
+            "TOLLGATE_GATEWAY_DATABASE_URL": database_url,
+            "TOLLGATE_REDIS_URL": components.redis_url,
+            "TOLLGATE_IDENTITY_KEYS": IDENTITY_KEYS,
+            "TOLLGATE_API_KEY_PEPPERS": PEPPERS,
+            **{f"TOLLGATE_{s}_URL": backend.url for s in ("AUTH", "BILLING", "CHAT", "INFERENCE")},
+        },
+        stdout=asyncio.subprocess.PIPE,
+    )
 
 
 async def test_it_serves_and_drains(
@@ -30,21 +49,7 @@ async def test_it_serves_and_drains(
     backend.handlers[CHAT] = stream
     key = await directory.create_key()
     port = free_port()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.gateway"),
-        cwd=ROOT,
-        env={
-            "PATH": os.environ["PATH"],
-            "TOLLGATE_GATEWAY_LISTEN": f"127.0.0.1:{port}",
-            "TOLLGATE_GATEWAY_INTERNAL_LISTEN": f"127.0.0.1:{free_port()}",
-            "TOLLGATE_GATEWAY_DATABASE_URL": database_url,
-            "TOLLGATE_REDIS_URL": components.redis_url,
-            "TOLLGATE_IDENTITY_KEYS": IDENTITY_KEYS,
-            "TOLLGATE_API_KEY_PEPPERS": PEPPERS,
-            **{f"TOLLGATE_{s}_URL": backend.url for s in ("AUTH", "BILLING", "CHAT", "INFERENCE")},
-        },
-        stdout=asyncio.subprocess.PIPE,
-    )
+    process = await start(port, components, database_url, backend)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
 
@@ -72,3 +77,90 @@ async def test_it_serves_and_drains(
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+class Customer:
+    """Asks one gateway after another over connections that it keeps, and goes to the next only when refused."""
+
+    def __init__(self, ports: list[int], key: Key) -> None:
+        self.ports = ports
+        self.answered = 0
+        self.lost: list[str] = []
+        length = b"content-length: 2\r\n\r\n{}"
+        self._request = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: {key.secret}\r\n".encode() + length
+
+    async def run(self, until: asyncio.Event) -> None:
+        while not until.is_set():
+            try:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[0])
+            except OSError:
+                self.ports.append(self.ports.pop(0))  # nothing was sent: the other one
+                await asyncio.sleep(0.01)
+                continue
+            while not until.is_set() and await self._ask(reader, writer):
+                pass
+            writer.close()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request; whether the connection may be used again."""
+        if reader.at_eof():
+            return False
+        writer.write(self._request)
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                int(v) for k, _, v in (h.partition(b": ") for h in head.split(b"\r\n")) if k == b"content-length"
+            )
+            await reader.readexactly(length)
+        except (OSError, asyncio.IncompleteReadError) as e:
+            self.lost.append(type(e).__name__)
+            return False
+        if head.startswith(b"HTTP/1.1 200"):
+            self.answered += 1
+        else:
+            self.lost.append(head.decode())
+        return b"connection: close" not in head
+
+
+async def test_a_rolling_restart_loses_no_request(
+    components: Components, database_url: str, backend: Backend, directory: Directory
+) -> None:
+    """Two gateways, restarted one after the other under load. Every request that was sent is answered."""
+    limits = {"minute": 1_000_000, "hour": 1_000_000, "day": 1_000_000}
+    key = await directory.create_key(limits=limits)
+    ports = [free_port(), free_port()]
+    running = [await start(port, components, database_url, backend) for port in ports]
+    drained = [asyncio.create_task(process.communicate()) for process in running]
+    done = asyncio.Event()
+    try:
+        for port in ports:
+            await eventually(lambda port=port: _listens(port))  # type: ignore[misc]
+        customers = [Customer([*ports[i % 2 :], *ports[: i % 2]], key) for i in range(6)]
+        asking = [asyncio.create_task(customer.run(done)) for customer in customers]
+        for i, port in enumerate(ports):
+            before = sum(c.answered for c in customers)
+            await eventually(lambda: sum(c.answered for c in customers) > before + 100)  # noqa: B023 - used at once
+            running[i].send_signal(signal.SIGTERM)
+            await asyncio.wait_for(drained[i], DEADLINE_S)
+            assert running[i].returncode == 0
+            running[i] = await start(port, components, database_url, backend)
+            drained[i] = asyncio.create_task(running[i].communicate())
+            await eventually(lambda port=port: _listens(port))  # type: ignore[misc]
+        done.set()
+        await asyncio.gather(*asking)
+        assert [c.lost for c in customers] == [[]] * len(customers)
+    finally:
+        done.set()
+        for process in running:
+            if process.returncode is None:
+                process.kill()
+        await asyncio.gather(*drained)
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True

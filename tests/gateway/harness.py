@@ -263,14 +263,19 @@ class Directory:
         await execute("INSERT INTO auth.membership (org_id, user_id, role) VALUES ($1, $2, 'owner')", org_id, user_id)
         return user_id, org_id
 
-    async def revoke(self, key: Key, *, announce: bool = True) -> None:
-        """As auth does it: the row, then Redis."""
+    async def revoke(self, key: Key, *, announce: bool = True, published: bool = True) -> None:
+        """As auth does it: the row, then Redis; without `published`, no gateway hears the message."""
         version = await self.connection.fetchval(
             """UPDATE auth.api_key SET status = 'revoked', revoked_at = now(), version = version + 1
                 WHERE id = $1 RETURNING version""",
             key.key_id,
         )
-        if announce:
+        if not published:
+            await self.redis.set(
+                apikeys.version_name(str(key.org_id), str(key.key_id)), version, ex=apikeys.CACHE_TTL_S
+            )
+            await self.redis.delete(apikeys.record_name(key.digest))
+        elif announce:
             await self.announce(key, version)
 
     async def set_limits(self, key: Key, limits: dict[str, int]) -> None:

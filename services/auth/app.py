@@ -8,14 +8,16 @@ from functools import partial
 from typing import Any
 
 import argon2
+import httpx
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth import tasks
 from services.auth.clients import ChangeChannel, Mailer, UsageStream
+from services.auth.clients.oidc import OidcClient
 from services.auth.errors import SigningKeyUnreadable
-from services.auth.routes import admin, jwks, keys, organizations, registration, service_accounts, sessions, users
+from services.auth.routes import admin, jwks, keys, oidc, organizations, registration, service_accounts, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
@@ -25,6 +27,7 @@ from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.email import Email, EmailLimits
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
+from services.auth.service.oidc import OidcSignIn
 from services.auth.service.organizations import OrganizationLimits, Organizations
 from services.auth.service.outbox import Outbox, OutboxLimits
 from services.auth.service.passwords import Passwords
@@ -66,6 +69,7 @@ def _background(settings: AuthSettings, services: Services) -> dict[str, Callabl
         "prune_attempts": services.attempts.prune,
         "prune_key_usage": services.key_usage.prune,
         "prune_email": services.email.prune,
+        "prune_oidc": services.oidc.prune,
     }
     email = {"email": partial(tasks.send_emails, services.email, settings.auth_email_interval_ms)}
     return {
@@ -87,7 +91,8 @@ def create_app(
     ring = IdentityRing(settings.identity_keys.get_secret_value(), clock)
     app = web.create_app("auth", ring=ring, registry=registry, readiness=readiness, description=DESCRIPTION)
     app.state.services = services
-    for module in (registration, users, sessions, organizations, service_accounts, keys, admin, jwks):
+    app.state.public_url = settings.public_url
+    for module in (registration, users, sessions, oidc, organizations, service_accounts, keys, admin, jwks):
         app.include_router(module.router)
     return app
 
@@ -121,13 +126,16 @@ async def compose(
     stack.callback(passwords.close)
     signing_keys = _signing_keys(settings, sessions_of, clock)
     await signing_keys.load()
-    tokens = Tokens(signing_keys, clock, access_ttl_s=settings.auth_access_token_ttl_s)
+    tokens = Tokens(signing_keys, settings.secret_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
     attempts = _attempts(settings, sessions_of, clock)
     accounts = Accounts(sessions_of, passwords, attempts, outbox, clock)
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
     keys_of = Keys(sessions_of, peppers, outbox, clock, metrics, per_org_max=settings.auth_keys_per_org_max)
     limits = _session_limits(settings)
+    signed_in = Sessions(sessions_of, passwords, attempts, tokens, clock, outbox, metrics, limits)
+    oidc_clients = await _oidc_clients(settings, stack, clock)
+    batch_max = settings.auth_prune_batch_max
     email = _email(settings, sessions_of, clock, metrics)
     mode = settings.auth_registration
     return Services(
@@ -135,7 +143,8 @@ async def compose(
         access=Access(sessions_of, clock),
         accounts=accounts,
         attempts=attempts,
-        sessions=Sessions(sessions_of, passwords, attempts, tokens, clock, outbox, metrics, limits),
+        sessions=signed_in,
+        oidc=OidcSignIn(sessions_of, oidc_clients, accounts, signed_in, clock, prune_batch_max=batch_max),
         tokens=tokens,
         signing_keys=signing_keys,
         keys=keys_of,
@@ -217,6 +226,16 @@ def _email(
         prune_batch_max=settings.auth_prune_batch_max,
     )
     return Email(sessions_of, mailer, clock, metrics, limits)
+
+
+async def _oidc_clients(settings: AuthSettings, stack: AsyncExitStack, clock: Clock) -> dict[str, OidcClient]:
+    timeout_s = settings.auth_oidc_timeout_s
+    http = await stack.enter_async_context(httpx.AsyncClient(timeout=timeout_s, trust_env=False))
+    base = settings.public_url.rstrip("/")
+    return {
+        provider.name: OidcClient(provider, f"{base}/api/v1/auth/oidc/{provider.name}/callback", http, clock, timeout_s)
+        for provider in settings.auth_oidc_providers
+    }
 
 
 def _organizations(

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from services.auth.app import build, compose
 from services.auth.domain import DEFAULT_KEY_SCOPES
 from services.auth.domain.fields import valid_email, valid_key_name, valid_username
+from services.auth.grants import GATEWAY_GRANTS, SERVICE_GRANTS
 from services.auth.service.bootstrap import Bootstrapped
 from services.auth.settings import AuthSettings, BootstrapSettings, MigrationSettings
-from services.auth.tables import GATEWAY_GRANTS, SERVICE_GRANTS
 from shared import database, runtime
 from shared.clock import SystemClock
 from shared.errors import TollgateError

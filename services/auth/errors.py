@@ -180,6 +180,33 @@ class WeakPassword(InvalidRequest):
     default_message = "password: choose one that is harder to guess."
 
 
+class CsrfFailed(PermissionDenied):
+    default_code = "csrf_failed"
+    default_message = "Send the value of the csrf cookie as x-csrf-token."
+
+
+class ProviderNotFound(NotFound):
+    default_code = "provider_not_found"
+    default_message = "There is no such provider to sign in through."
+
+
+class OidcRefused(Unauthenticated):
+    """One answer for whatever is wrong with what came back from a provider."""
+
+    default_code = "sign_in_refused"
+    default_message = "This sign-in was not accepted. Begin again."
+
+
+class OidcUnavailable(Unavailable):
+    default_code = "provider_unavailable"
+    default_message = "The provider does not answer as it should. Retry, or sign in otherwise."
+
+
+class AccountExists(Conflict):
+    default_code = "account_exists"
+    default_message = "There is an account with this address already; sign in to it as you did before."
+
+
 class RegistrationClosed(PermissionDenied):
     default_code = "registration_closed"
     default_message = "Here operators make accounts. Ask one for yours."

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.auth.domain import RegistrationMode
+from services.auth.domain.oidc import OidcProvider
 from shared.runtime import ServiceSettings
 
 SECRET_KEY_BYTES = 32
@@ -55,6 +56,11 @@ class AuthSettings(ServiceSettings):
     auth_email_attempts_max: int = Field(default=8, ge=1)
     auth_email_retry_base_s: int = Field(default=15, ge=1)
     auth_email_interval_ms: int = Field(default=1_000, ge=1)
+
+    # OpenID providers, as JSON: [{"name": "corp", "issuer": "https://…", "client_id": "…", "client_secret": "…"}].
+    public_url: str = "http://127.0.0.1:8080"
+    auth_oidc_providers: tuple[OidcProvider, ...] = ()
+    auth_oidc_timeout_s: int = Field(default=5, ge=1)
 
     # Failed sign-ins: how many are free, then waits that double; all forgotten after a while. See docs/auth.md.
     auth_sign_in_pair_free: int = Field(default=5, ge=1)

@@ -168,6 +168,7 @@ class SessionRow(Base):
     user_agent: Mapped[str] = mapped_column(server_default="")
     address: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
     version: Mapped[int] = mapped_column(BigInteger, server_default=text("1"))
+    browser: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class RefreshTokenRow(Base):
@@ -337,6 +338,32 @@ class EmailTokenRow(Base):
     expires_at: Mapped[datetime]
 
 
+class ExternalIdentityRow(Base):
+    """A subject of an OpenID provider, and the user that it is here."""
+
+    __tablename__ = "external_identity"
+    __table_args__ = (Index(None, "user_id"),)
+
+    issuer: Mapped[str] = mapped_column(primary_key=True)
+    subject: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
+    created_at: Mapped[datetime]
+
+
+class OidcFlowRow(Base):
+    """A sign-in through a provider that was begun, by the SHA-256 of its state; it goes when it comes back."""
+
+    __tablename__ = "oidc_flow"
+    __table_args__ = (Index(None, "expires_at"),)
+
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    provider: Mapped[str]
+    nonce: Mapped[str]
+    verifier: Mapped[str]
+    return_to: Mapped[str]
+    expires_at: Mapped[datetime]
+
+
 class SigningKeyRow(Base):
     """A key that signs access tokens. The private half is AES-256-GCM, nonce first, bound to `kid`.
 
@@ -370,30 +397,3 @@ class AuditRow(Base):
     request_id: Mapped[str] = mapped_column(server_default="")
     address: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
     details: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
-
-
-# What the service's own role may do; `migrate` gives it exactly this.
-SERVICE_GRANTS = {
-    "role": "SELECT",
-    "permission": "SELECT",
-    "role_permission": "SELECT",
-    "plan": "SELECT",
-    "user_account": "SELECT, INSERT, UPDATE",
-    "user_role": "SELECT, INSERT, DELETE",
-    "organization": "SELECT, INSERT, UPDATE",
-    "membership": "SELECT, INSERT, UPDATE, DELETE",
-    "invitation": "SELECT, INSERT, DELETE",
-    "session": "SELECT, INSERT, UPDATE, DELETE",
-    "refresh_token": "SELECT, INSERT, UPDATE, DELETE",
-    "sign_in_attempt": "SELECT, INSERT, UPDATE, DELETE",
-    "api_key": "SELECT, INSERT, UPDATE",
-    "key_usage": "SELECT, INSERT, UPDATE, DELETE",
-    "key_outbox": "SELECT, INSERT, UPDATE, DELETE",
-    "session_outbox": "SELECT, INSERT, UPDATE, DELETE",
-    "email_outbox": "SELECT, INSERT, UPDATE, DELETE",
-    "email_token": "SELECT, INSERT, DELETE",
-    "signing_key": "SELECT, INSERT, UPDATE",
-    "audit_log": "SELECT, INSERT",
-}
-# The gateway reads the views of keys and of sessions, and nothing else.
-GATEWAY_GRANTS = {"key_view": "SELECT", "session_view": "SELECT"}

@@ -13,8 +13,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from services.gateway import cookies
 from services.gateway.addresses import owned_by
+from services.gateway.cookies import BrowserCookies, Shown
 from services.gateway.domain import Ceilings, KeyRecord
+from services.gateway.heads import RequestHead
 from services.gateway.keys import Found, KeyStore
 from services.gateway.sessions import SessionStore
 from services.gateway.tokens import AccessTokens
@@ -65,6 +68,7 @@ class Admission:
         keys: KeyStore,
         tokens: AccessTokens,
         sessions: SessionStore,
+        browser_cookies: BrowserCookies,
         limiter: RedisLimiter,
         local: LocalLimiter,
         local_addresses: LocalLimiter,
@@ -79,6 +83,7 @@ class Admission:
         self._keys = keys
         self._tokens = tokens
         self._sessions = sessions
+        self._cookies = browser_cookies
         self._limiter = limiter
         self._local = local
         self._local_addresses = local_addresses  # apart, so that many addresses never crowd out a key
@@ -92,36 +97,48 @@ class Admission:
         self._duration_s = metrics.limiter_duration_s
         self.live_gateways = gateways
 
-    async def admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
+    async def admit(self, route: Route, method: str, shown: Shown, address: str) -> Admitted:
         """Let a request in, or raise Unauthenticated, PermissionDenied, RateLimited or Unavailable."""
         try:
-            admitted = await self._admit(route, method, credential, address)
+            admitted = await self._admit(route, method, shown, address)
         except TollgateError as e:
             self._decisions.labels(e.code).inc()
             raise
         self._admitted.inc()
         return admitted
 
+    def shown(self, head: RequestHead) -> Shown:
+        """What a request shows: an API key or token in a header, else a browser's token in a cookie."""
+        credential = credential_of(head.text(b"authorization"), head.text(b"x-api-key"))
+        if credential is not None:
+            return Shown(credential)
+        return self._cookies.shown(head.text(b"cookie"), head.text(b"x-csrf-token"))
+
     def release(self, lease: Lease) -> None:
         """Give back the place of a request that has ended."""
         (self._local if lease.local else self._limiter).release(lease)
 
-    async def _admit(self, route: Route, method: str, credential: str | None, address: str) -> Admitted:
+    async def _admit(self, route: Route, method: str, shown: Shown, address: str) -> Admitted:
         if route.access is Access.PUBLIC:
             network = owned_by(address)
             subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
             identity = Identity(kind="anonymous", address=address)
             return self._judged(identity, None, await self._decide(subject, self._weight(route), self._local_addresses))
+        credential = shown.credential
         if not credential:
             raise Unauthenticated()
         if credential.startswith(apikeys.PREFIX):
             return await self._admit_key(route, method, credential, address)
-        return await self._admit_token(route, method, credential, address)
+        return await self._admit_token(route, method, credential, shown.csrf_token, address)
 
-    async def _admit_token(self, route: Route, method: str, token: str, address: str) -> Admitted:
+    async def _admit_token(
+        self, route: Route, method: str, token: str, csrf_token: str | None, address: str
+    ) -> Admitted:
         if token.count(".") != 2:
             raise Unauthenticated()
         verified = await self._tokens.verify(token, owned_by(address))
+        if csrf_token is not None:
+            cookies.check(verified, method, csrf_token)
         identity = replace(verified.identity, address=address)
         denied = _denial(route, method, identity)
         subject = Subject(

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from services.gateway.access_log import AccessLog
 from services.gateway.addresses import ClientAddresses, parse_networks
 from services.gateway.admission import Admission
+from services.gateway.cookies import BrowserCookies
 from services.gateway.discovery import Discovery, static
 from services.gateway.domain import Ceilings
 from services.gateway.edge import Edge
@@ -79,6 +80,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
         keys=keys,
         tokens=AccessTokens(key_set, floor.clock, guesses),
         sessions=SessionStore(repository, floor.link, floor.clock),
+        browser_cookies=BrowserCookies(settings.public_url),
         limiter=limiter,
         local=LocalLimiter(floor.clock),
         local_addresses=LocalLimiter(floor.clock, longest_window_s=HOUR_S),

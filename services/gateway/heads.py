@@ -40,6 +40,7 @@ NOT_FORWARDED = frozenset(
         *HOP_BY_HOP,
         b"authorization",
         b"content-length",
+        b"cookie",
         b"expect",
         b"forwarded",
         b"host",
@@ -53,7 +54,7 @@ NOT_FORWARDED = frozenset(
     )
 )
 NOTED = frozenset(
-    (b"accept-encoding", b"access-control-request-method", b"origin")
+    (b"accept-encoding", b"access-control-request-method", b"origin", b"x-csrf-token")
 )  # read here, and forwarded all the same
 SINGLE = (b"authorization", b"x-api-key", b"content-length", b"host", b"transfer-encoding")
 NOT_RETURNED = frozenset(

@@ -30,6 +30,7 @@ from shared.telemetry import GatewayMetrics, HttpMetrics, get_logger
 log = get_logger(__name__)
 
 SWEEP_S = 0.1
+COOKIES_FOR = "auth"  # only auth sets cookies, and reads them
 SIGNED_MAX = 10_000
 SIGNED_TTL_S = 1.0
 PREFLIGHT_AGE_S = 600
@@ -153,13 +154,15 @@ class Relay:
         for exchange in list(self._active):
             exchange.client_gone()
 
-    def own_lines(self, exchange: Relayed) -> bytes:
-        """What the gateway itself tells the service: who asks, from where, under which id."""
+    def own_lines(self, exchange: Relayed, head: RequestHead) -> bytes:
+        """What the gateway itself tells the service: who asks, from where, under which id; cookies only to auth."""
         assert exchange.identity is not None
         lines = [
             f"x-request-id: {exchange.request_id}\r\nx-forwarded-for: {exchange.address}\r\n".encode("latin-1"),
             self._identity_line(exchange.identity),
         ]
+        if exchange.service == COOKIES_FOR and (cookie := head.known.get(b"cookie")) is not None:
+            lines.append(b"cookie: %b\r\n" % cookie)
         if exchange.span is not None:
             carrier: dict[str, str] = {}
             propagate.inject(carrier, trace.set_span_in_context(exchange.span))

@@ -18,7 +18,6 @@ import re
 import zlib
 from typing import TYPE_CHECKING, Any, Protocol
 
-from services.gateway.admission import credential_of
 from services.gateway.errors import RequestTimeout
 from services.gateway.exchange import Exchange
 from services.gateway.heads import STATUS_LINES, RawHeaders, RequestHead, ResponseHead, read_request, read_response
@@ -182,8 +181,8 @@ class Relayed(Exchange):
         assert self._target.route is not None
         head, relay = self._head, self._relay
         try:
-            credential = credential_of(head.text(b"authorization"), head.text(b"x-api-key"))
-            admitted = await relay.admission.admit(self._target.route, self.method, credential, self.address)
+            shown = relay.admission.shown(head)
+            admitted = await relay.admission.admit(self._target.route, self.method, shown, self.address)
             self.identity, self._limit_headers, self._lease = admitted.identity, admitted.headers, admitted.lease
             upstream = relay.upstreams[self.service]
             self._replica, connection = upstream.take() or await upstream.connect()
@@ -241,7 +240,7 @@ class Relayed(Exchange):
             self._replica.pool.authority,
             b"\r\n",
             *head.lines,
-            self._relay.own_lines(self),
+            self._relay.own_lines(self, head),
         ]
         if self.is_whole:
             if body or head.length is not None or self.method in BODY_METHODS:

@@ -42,6 +42,7 @@ class AccessToken:
     identity: Identity
     expires_at_s: float
     version: int
+    csrf: str = ""  # of tokens for cookies: the digest of what must come in x-csrf-token
 
     @property
     def version_name(self) -> str:
@@ -208,6 +209,6 @@ def _access_token(claims: dict[str, Any]) -> AccessToken:
             scopes=tuple(claims["scope"].split()),
             limit_id=f"user-{user_id}",
         )
-        return AccessToken(identity, float(claims["exp"]), int(claims["ver"]))
+        return AccessToken(identity, float(claims["exp"]), int(claims["ver"]), str(claims.get("csrf", "")))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise Unauthenticated() from e

@@ -54,6 +54,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/v1/auth/verify-email", "auth", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/auth/password/forgot", "auth", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/auth/password/reset", "auth", Access.PUBLIC, methods=POST, exact=True),
+    Route("/api/v1/auth/oidc", "auth", Access.PUBLIC, methods=GET),
     Route("/api/v1/auth/", "auth", Access.SESSION),
     Route("/api/v1/keys/leaked", "auth", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/keys", "auth", scope="keys:write", read_scope="keys:read"),

@@ -3,16 +3,25 @@
 import asyncio
 import contextlib
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
+import pytest_asyncio
 
 from services.auth import tasks
 from shared import apikeys
 from tests.auth.harness import Auth, User
 
 AT = datetime(2030, 5, 17, 12, 30, 45, 123456, tzinfo=UTC)
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="session")
+async def emptied(auth: Auth) -> AsyncIterator[None]:
+    """Tests share the stream: nobody else should read what is made up here."""
+    yield
+    await auth.redis.delete(apikeys.USAGE_STREAM)
 
 
 async def used(auth: Auth, key_id: str, at: datetime) -> None:

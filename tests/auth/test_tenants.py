@@ -42,7 +42,7 @@ async def test_every_route_with_an_id_refuses_another_organisations_object(auth:
     tried = 0
     for path, operations in document(auth)["paths"].items():
         for method in operations:
-            if "{" not in path:
+            if "{" not in path or "/oidc/" in path:  # a provider is nobody's
                 continue
             tried += 1
             answer = await auth.call(

@@ -103,7 +103,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One sign-in: the family of refresh tokens that follow from it."""
+    """One sign-in: the family of refresh tokens that follow from it. `browser`: they are kept in cookies."""
 
     id: UUID
     user_id: UUID
@@ -115,6 +115,7 @@ class Session:
     user_agent: str
     address: str | None
     version: int = 1
+    browser: bool = False
 
 
 @dataclass(frozen=True, slots=True)

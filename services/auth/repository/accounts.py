@@ -103,6 +103,14 @@ class AccountRepository:
         statement = select(UserRow.id).where(func.lower(UserRow.username) == func.lower(username))
         return (await self._session.execute(statement)).scalar() is not None
 
+    async def find_first(self, user_id: UUID) -> Account | None:
+        """The account of a user, in their first organisation that is active."""
+        return await self._one(_accounts().where(UserRow.id == user_id, UserRow.kind == PERSON))
+
+    async def has_verified_email(self, user_id: UUID) -> bool:
+        statement = select(UserRow.email_verified_at).where(UserRow.id == user_id)
+        return (await self._session.execute(statement)).scalar() is not None
+
     async def find(self, user_id: UUID, org_id: UUID) -> Account | None:
         """The account of a member of an organisation; None for strangers and suspended organisations."""
         return await self._one(_accounts().where(UserRow.id == user_id, OrganizationRow.id == org_id))

@@ -40,6 +40,7 @@ class SessionRepository:
                 expires_at=session.expires_at,
                 user_agent=session.user_agent,
                 address=ip_address(session.address) if session.address else None,
+                browser=session.browser,
             )
         )
 
@@ -145,4 +146,5 @@ def _session(row: SessionRow) -> Session:
         user_agent=row.user_agent,
         address=str(row.address) if row.address else None,
         version=row.version,
+        browser=row.browser,
     )

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from uuid import UUID
 
-from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, model_validator
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.auth.errors import (
+    CsrfFailed,
     InvalidCredentials,
     InvalidRefreshToken,
     PasswordQueueFull,
     SessionNotFound,
     SignInBlocked,
 )
+from services.auth.routes import cookies
+from services.auth.routes.cookies import CookieAnswer, TokenAnswer
 from services.auth.routes.dependencies import AllServices, CurrentActor, From
-from services.auth.routes.fields import Body, Login, Password, RefreshToken, refusals
-from services.auth.service.sessions import TokenPair
+from services.auth.routes.fields import TOKEN_CHARS_MAX, Body, Login, Password, RefreshToken, refusals
+from shared.access_tokens import CSRF_HEADER
 from shared.errors import InvalidRequest, Unauthenticated
 from shared.web import AnyCaller
 
 router = APIRouter(prefix="/api/v1/auth", tags=["auth"])
+
+
+CsrfToken = Annotated[
+    str, Header(alias=CSRF_HEADER, max_length=128, description="For browsers: the value of the csrf cookie.")
+]
 
 
 class LoginBody(BaseModel):
@@ -36,6 +44,7 @@ class LoginBody(BaseModel):
     username: Login | None = None
     email: Login | None = None
     password: Password
+    cookies: bool = Field(False, description="For browsers: the tokens in cookies, and a CSRF token in the answer.")
 
     @model_validator(mode="after")
     def _names_somebody(self) -> Self:
@@ -50,16 +59,6 @@ class RefreshBody(Body):
 
 class LogoutBody(Body):
     refresh_token: RefreshToken | None = None
-
-
-class TokenAnswer(BaseModel):
-    """Lifetimes in seconds. Keep the refresh token secret; it works once."""
-
-    access_token: str
-    refresh_token: str
-    token_type: Literal["bearer"] = "bearer"  # noqa: S105 - the name of a scheme
-    expires_in: int
-    refresh_expires_in: int
 
 
 class SessionAnswer(BaseModel):
@@ -86,22 +85,40 @@ class SessionListAnswer(BaseModel):
     summary="Sign in",
     responses=refusals(InvalidRequest, InvalidCredentials, SignInBlocked, PasswordQueueFull),
 )
-async def login(body: LoginBody, services: AllServices, origin: From) -> TokenAnswer:
+async def login(
+    body: LoginBody, request: Request, response: Response, services: AllServices, origin: From
+) -> TokenAnswer | CookieAnswer:
     """An access token for `Authorization: Bearer`, and a refresh token to get the next pair with."""
     name = body.username or body.email or ""
-    return _answer(await services.sessions.login(login=name, password=body.password, origin=origin))
+    pair = await services.sessions.login(login=name, password=body.password, origin=origin, browser=body.cookies)
+    return cookies.answer(request, response, pair)
 
 
-@router.post("/refresh", summary="Get new tokens", responses=refusals(InvalidRequest, InvalidRefreshToken))
-async def refresh(body: RefreshBody, services: AllServices, _: AnyCaller) -> TokenAnswer:
-    """Uses the refresh token up. One that comes a second time ends the session, since somebody copied it."""
-    return _answer(await services.sessions.refresh(body.refresh_token))
+@router.post("/refresh", summary="Get new tokens", responses=refusals(InvalidRequest, InvalidRefreshToken, CsrfFailed))
+async def refresh(
+    request: Request,
+    response: Response,
+    services: AllServices,
+    _: AnyCaller,
+    body: RefreshBody | None = None,
+    csrf_token: CsrfToken = "",
+) -> TokenAnswer | CookieAnswer:
+    """Uses the refresh token up, of the body or the cookie. One that comes a second time ends the session, since
+    somebody copied it.
+    """
+    refresh_token = body.refresh_token if body else request.cookies.get(cookies.names(request).refresh, "")
+    if len(refresh_token) > TOKEN_CHARS_MAX:
+        raise InvalidRefreshToken()
+    return cookies.answer(request, response, await services.sessions.refresh(refresh_token, csrf_token))
 
 
 @router.post("/logout", status_code=204, summary="Sign out", responses=refusals(Unauthenticated))
-async def logout(services: AllServices, identity: AnyCaller, body: LogoutBody | None = None) -> None:
-    """Ends the session of the access token, of `refresh_token`, or of both."""
+async def logout(
+    request: Request, response: Response, services: AllServices, identity: AnyCaller, body: LogoutBody | None = None
+) -> None:
+    """Ends the session of the access token, of `refresh_token`, or of both; a browser's cookies go."""
     await services.sessions.logout(identity, body.refresh_token if body else None)
+    cookies.clear_cookies(request, response)
 
 
 @router.get("/sessions", summary="Where am I signed in", responses=refusals(Unauthenticated))
@@ -131,14 +148,5 @@ async def list_sessions(actor: CurrentActor, services: AllServices) -> SessionLi
     responses=refusals(Unauthenticated, SessionNotFound),
 )
 async def revoke_session(session_id: UUID, actor: CurrentActor, services: AllServices) -> None:
-    """Its refresh token stops at once; an access token of it lives out its minutes."""
+    """Its tokens stop at once."""
     await services.sessions.revoke(actor, session_id)
-
-
-def _answer(pair: TokenPair) -> TokenAnswer:
-    return TokenAnswer(
-        access_token=pair.access_token,
-        refresh_token=pair.refresh_token,
-        expires_in=pair.expires_in_s,
-        refresh_expires_in=pair.refresh_expires_in_s,
-    )

@@ -12,6 +12,7 @@ from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.email import Email
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
+from services.auth.service.oidc import OidcSignIn
 from services.auth.service.organizations import Organizations
 from services.auth.service.outbox import Outbox
 from services.auth.service.registration import Registration
@@ -42,5 +43,6 @@ class Services:
     admin: Admin
     bootstrap: Bootstrap
     outbox: Outbox
+    oidc: OidcSignIn
     key_usage: KeyUsage
     service_accounts: ServiceAccounts

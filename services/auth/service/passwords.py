@@ -21,6 +21,7 @@ from services.auth.domain.fields import normalised_password
 from services.auth.errors import PasswordQueueFull
 
 RETRY_AFTER_S = 1
+PHC_PREFIX = "$argon2"
 T = TypeVar("T")
 
 
@@ -51,8 +52,9 @@ class Passwords:
 
     async def verify(self, stored: str | None, password: str) -> Verdict:
         """Check a password against a PHC string, or, with None, do the same work in vain. Raises PasswordQueueFull."""
-        correct = await self._run(lambda: self._matches(stored or self._decoy, password))
-        if stored is None or not correct:
+        has_password = stored is not None and stored.startswith(PHC_PREFIX)  # who signs in elsewhere has none
+        correct = await self._run(lambda: self._matches(stored if stored and has_password else self._decoy, password))
+        if stored is None or not has_password or not correct:
             return Verdict(correct=False)
         return Verdict(correct=True, outdated=self._hasher.check_needs_rehash(stored))
 

@@ -33,12 +33,13 @@ from shared.telemetry import AuthMetrics
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """What a client gets; the lifetimes are in seconds."""
+    """What a client gets; the lifetimes are in seconds. `csrf_token` only for a browser, which keeps cookies."""
 
     access_token: str
     refresh_token: str
     expires_in_s: int
     refresh_expires_in_s: int
+    csrf_token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +71,30 @@ class Sessions:
         self._metrics = metrics
         self._limits = limits
 
-    async def login(self, *, login: str, password: str, origin: Origin) -> TokenPair:
-        """Sign in by user name or e-mail address.
+    async def login(self, *, login: str, password: str, origin: Origin, browser: bool = False) -> TokenPair:
+        """Sign in by user name or e-mail address; `browser`: to keep the tokens in cookies.
 
         Raises InvalidCredentials, the same after the same work for an unknown user, a wrong password and a disabled
         account; SignInBlocked; PasswordQueueFull.
         """
         try:
             async with self._attempts.of(login, origin.address) as attempt:
-                pair = await self._login(login, password, origin, attempt)
+                account, new_hash = await self._login(login, password, origin, attempt)
+            pair = await self._open(account, new_hash, origin, browser)
         except TollgateError as e:
             self._metrics.logins.labels(e.code).inc()
             raise
         self._metrics.logins.labels("ok").inc()
         return pair
 
-    async def _login(self, login: str, password: str, origin: Origin, attempt: Attempt) -> TokenPair:
+    async def open_external(self, account: Account, origin: Origin, *, browser: bool) -> TokenPair:
+        """A session for somebody whom another party vouches for. Raises InvalidCredentials when disabled meanwhile."""
+        pair = await self._open(account, None, origin, browser)
+        self._metrics.logins.labels("ok").inc()
+        return pair
+
+    async def _login(self, login: str, password: str, origin: Origin, attempt: Attempt) -> tuple[Account, str | None]:
+        """The account whose password it is, and its new hash where the old one is outdated."""
         async with self._sessions() as session:
             account = await AccountRepository(session).find_by_login(login)
         try:
@@ -98,9 +107,9 @@ class Sessions:
             attempt.withdraw()
             raise
         attempt.succeeded()
-        return await self._open(account, new_hash, origin)
+        return account, new_hash
 
-    async def _open(self, account: Account, new_hash: str | None, origin: Origin) -> TokenPair:
+    async def _open(self, account: Account, new_hash: str | None, origin: Origin, browser: bool) -> TokenPair:
         now = self._clock.now()
         opened = Session(
             id=ids.uuid7(),
@@ -112,6 +121,7 @@ class Sessions:
             revoked_at=None,
             user_agent=origin.user_agent,
             address=origin.address,
+            browser=browser,
         )
         async with self._sessions.begin() as session:
             if not await _confirm(AccountRepository(session), account, new_hash, now):
@@ -125,14 +135,20 @@ class Sessions:
         await self._outbox.deliver(events)
         return pair
 
-    async def refresh(self, refresh_token: str) -> TokenPair:
-        """New tokens for a refresh token, which is used up. Raises InvalidRefreshToken for every reason alike."""
+    async def refresh(self, refresh_token: str, csrf_token: str = "") -> TokenPair:
+        """New tokens for a refresh token, which is used up.
+
+        Raises InvalidRefreshToken for every reason alike; CsrfFailed for a browser's without its `csrf_token`, before
+        anything is used up.
+        """
         now = self._clock.now()
         digest = refresh_tokens.digest(refresh_token)
         events: Sequence[SessionEvent] = ()
         async with self._sessions.begin() as session:
             repository = SessionRepository(session)
             stored = await repository.lock_token(digest)
+            if stored is not None and stored.session.browser:
+                self._tokens.check_csrf(stored.session, csrf_token)
             if stored is not None and stored.used_at is not None:
                 events = await self._end_stolen(session, stored, now)
             elif stored is not None and stored.expires_at > now and _is_live(stored.session, now):
@@ -193,6 +209,7 @@ class Sessions:
             refresh_token=refresh_token,
             expires_in_s=self._tokens.access_ttl_s,
             refresh_expires_in_s=int((expires_at - now).total_seconds()),
+            csrf_token=self._tokens.csrf_token(session) if session.browser else "",
         )
 
     async def _end_stolen(self, session: AsyncSession, stored: StoredToken, now: datetime) -> Sequence[SessionEvent]:

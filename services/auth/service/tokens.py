@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import hmac
 import secrets
 
 from jose import jwt
 
 from services.auth.domain import Account, Session
+from services.auth.errors import CsrfFailed
 from services.auth.service.signing import SigningKeys
-from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, TOKEN_TYPE
+from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, TOKEN_TYPE, csrf_digest
 from shared.clock import Clock
 
 REFRESH_PREFIX = "tg_refresh_"
@@ -19,8 +22,9 @@ REFRESH_BYTES = 32
 class Tokens:
     """Makes tokens. An access token lives `access_ttl_s`."""
 
-    def __init__(self, keys: SigningKeys, clock: Clock, *, access_ttl_s: int) -> None:
+    def __init__(self, keys: SigningKeys, secret_key: bytes, clock: Clock, *, access_ttl_s: int) -> None:
         self._keys = keys
+        self._csrf_key = hmac.digest(secret_key, b"tollgate csrf tokens", hashlib.sha256)
         self._clock = clock
         self.access_ttl_s = access_ttl_s
 
@@ -42,9 +46,21 @@ class Tokens:
             "iat": now,
             "exp": now + self.access_ttl_s,
         }
+        if session.browser:
+            claims["csrf"] = csrf_digest(self.csrf_token(session))
         key = self._keys.signing()
         token: str = jwt.encode(claims, key.signer, algorithm=ALGORITHM, headers={"kid": key.kid})
         return token
+
+    def csrf_token(self, session: Session) -> str:
+        """What a browser's page sends along to show that it is ours: one for each session, kept nowhere."""
+        mac = hmac.digest(self._csrf_key, session.id.bytes, hashlib.sha256)
+        return base64.urlsafe_b64encode(mac).rstrip(b"=").decode()
+
+    def check_csrf(self, session: Session, csrf_token: str) -> None:
+        """Raise CsrfFailed unless it is the session's."""
+        if not hmac.compare_digest(self.csrf_token(session).encode(), csrf_token.encode()):
+            raise CsrfFailed()
 
 
 def new_refresh_token() -> str:

@@ -29,6 +29,7 @@ CONCURRENT_CALLS_MAX = 2_000
 KEEPALIVE_MS = 20_000
 TOKEN_REFRESH_S = 30
 DEFAULT_TIMEOUT_S = 5.0
+STREAM_LIFE_MAX_S = 600.0
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -47,7 +48,10 @@ else:
 
 
 class ServerInterceptor(_ServerInterceptor):
-    """Authenticates the calling service, binds the log context, maps errors, counts. Unary calls."""
+    """Authenticates the caller, binds the log context, maps errors, counts: unary calls, and streams both ways.
+
+    A stream is authenticated when it begins, and ended after STREAM_LIFE_MAX_S; its client opens another one.
+    """
 
     def __init__(self, ring: IdentityRing, metrics: GrpcMetrics) -> None:
         self._ring = ring
@@ -59,14 +63,20 @@ class ServerInterceptor(_ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
+        if handler is None:
             return handler
-        inner, method = handler.unary_unary, handler_call_details.method
+        method = handler_call_details.method
 
         async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            return await self._call(inner, method, request, context)
+            return await self._call(handler.unary_unary, method, request, context)
 
-        return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
+        async def stream(requests: Any, context: aio.ServicerContext[Any, Any]) -> None:
+            await self._call(_limited(handler.stream_stream), method, requests, context)
+
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
+        assert handler.stream_stream is not None, f"{method}: only unary calls and streams both ways are spoken here"
+        return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
 
     async def _call(self, inner: Any, method: str, request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
@@ -96,6 +106,17 @@ class ServerInterceptor(_ServerInterceptor):
         token = metadata.get("authorization", "").removeprefix("Bearer ")
         if self._ring.verify(token).kind != "service":
             raise PermissionDenied("Only services may call this.", code="service_identity_required")
+
+
+def _limited(inner: Any) -> Callable[[Any, Any], Awaitable[None]]:
+    async def serve(requests: Any, context: Any) -> None:
+        try:
+            async with asyncio.timeout(STREAM_LIFE_MAX_S):
+                await inner(requests, context)
+        except TimeoutError as e:
+            raise Unavailable("This stream is old. Open another one.", code="stream_too_old") from e
+
+    return serve
 
 
 async def _abort(context: aio.ServicerContext[Any, Any], error: TollgateError) -> None:
@@ -140,7 +161,11 @@ class Caller:
         try:
             return await method(request, timeout=timeout_s, metadata=tuple(headers.items()))
         except aio.AioRpcError as e:
-            raise _mapped(e) from e
+            raise mapped(e) from e
+
+    def stream(self, method: Any) -> Any:
+        """Begin a stub's stream both ways, without a deadline; what it raises is for `mapped`."""
+        return method(metadata=(("authorization", f"Bearer {self._fresh_token()}"),))
 
     async def close(self) -> None:
         await self.channel.close(None)
@@ -153,7 +178,8 @@ class Caller:
         return self._token
 
 
-def _mapped(error: aio.AioRpcError) -> TollgateError:
+def mapped(error: aio.AioRpcError) -> TollgateError:
+    """The callee's own error, or what the connection's failure comes to."""
     trailing: Any = error.trailing_metadata() or ()
     for key, value in trailing:
         if key == errors.METADATA_KEY and isinstance(value, bytes):

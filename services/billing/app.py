@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
-from services.billing.ledger.writer import Writer, WriterLimits
+from services.billing.clients import GrpcPeers
+from services.billing.ledger.shards import ShardLimits, Shards
+from services.billing.ledger.writer import WriterLimits
 from services.billing.partitions import PartitionMaker
 from services.billing.reconciler import Reconciler, ReconcilerLimits
 from services.billing.repository.database import Database, DatabaseLimits
@@ -36,12 +38,8 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     database = await stack.enter_async_context(Database(url, limits))
     readiness.add("postgres", database.ping)
 
-    writer_limits = WriterLimits(
-        operation_timeout_s=settings.billing_operation_timeout_s,
-        operations_in_flight_max=settings.billing_operations_in_flight_max,
-    )
-    ledger = Writer(database, signup_credits=settings.signup_nano, metrics=metrics, limits=writer_limits)
-    stack.push_async_callback(ledger.close)
+    ledger = _open_ledger(settings, database, ring, metrics, stack)
+    readiness.add("ledger", ledger.check)
 
     app = web.create_app(
         "billing", ring=ring, registry=registry, readiness=readiness, description="Wallets, prices and the ledger."
@@ -77,10 +75,33 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
         grpc=server,
         grpc_listen=settings.billing_grpc_listen,
         tasks={
+            "ledger": ledger.run,
             "sweeper": sweeper.run,
             "gauges": gauges.run,
             "reconciler": reconciler.run,
             "partitions": partitions.run,
             **tasks,
         },
+    )
+
+
+def _open_ledger(
+    settings: BillingSettings, database: Database, ring: IdentityRing, metrics: BillingMetrics, stack: AsyncExitStack
+) -> Shards:
+    writer_limits = WriterLimits(
+        operation_timeout_s=settings.billing_operation_timeout_s,
+        operations_in_flight_max=settings.billing_operations_in_flight_max,
+        wallets_in_memory_max=settings.billing_wallets_in_memory_max // settings.billing_shards + 1,
+    )
+    peers = GrpcPeers(ring, timeout_s=settings.billing_operation_timeout_s)
+    stack.push_async_callback(peers.close)
+    return Shards(
+        database,
+        settings.billing_database_url.get_secret_value(),
+        peers,
+        address=settings.billing_grpc_advertise or settings.billing_grpc_listen,
+        signup_credits=settings.signup_nano,
+        metrics=metrics,
+        limits=ShardLimits(shards=settings.billing_shards),
+        writer_limits=writer_limits,
     )

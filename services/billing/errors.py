@@ -186,3 +186,9 @@ REFUSALS: dict[str, type[TollgateError]] = {
     )
 }
 """The refusals that are remembered. A hold that is not there, or not expired, may be so the next moment."""
+
+REFUSALS_BY_CODE: dict[str, type[TollgateError]] = {
+    **REFUSALS,
+    **{cls.default_code: cls for cls in (HoldNotFound, HoldNotExpired, NothingToRefund)},
+}
+"""What the ledger of another process may answer."""

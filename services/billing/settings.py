@@ -21,7 +21,10 @@ class BillingSettings(StorefrontSettings):
     billing_database_connections_max: int = Field(default=16, ge=2)
     billing_database_acquire_timeout_s: float = Field(default=5, gt=0)
     billing_operation_timeout_s: float = Field(default=15, gt=0)
-    billing_operations_in_flight_max: int = Field(default=1_000, ge=1)
+    billing_shards: int = Field(default=4, ge=1, le=256)  # the same for all processes on a database
+    billing_grpc_advertise: str = ""  # where the other processes reach this one's gRPC, when not where it listens
+    billing_operations_in_flight_max: int = Field(default=10_000, ge=1)  # of each shard
+    billing_wallets_in_memory_max: int = Field(default=100_000, ge=1)  # of all shards; about 3 kB each
     billing_sweep_interval_s: float = Field(default=1, gt=0)
     billing_sweep_batch_max: int = Field(default=200, ge=1)
     billing_hold_grace_s: float = Field(default=30, ge=0)  # the life that callers give a hold between heartbeats

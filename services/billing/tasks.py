@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 from services.billing.ledger.operations import ExpireGrant, ExpireHold
 from services.billing.ledger.writer import Ledger
@@ -17,8 +18,20 @@ from shared.telemetry import BillingMetrics, get_logger
 log = get_logger(__name__)
 
 
+class ShardedLedger(Ledger, Protocol):
+    """The ledger as its sweeper knows it."""
+
+    @property
+    def count(self) -> int:
+        """How many shards there are in all."""
+
+    @property
+    def led(self) -> list[int]:
+        """Those that this process leads."""
+
+
 class Sweeper:
-    """Expires holds and grants whose time is over on the database's clock. Any number of them may run at once.
+    """Expires holds and grants of the shards led here whose time is over on the database's clock.
 
     No hold expires until `hold_grace_s` after the first pass, and after the first good pass that follows a failed one:
     while billing or its database was away no heartbeat could arrive, and what looks expired may be a live request.
@@ -27,7 +40,7 @@ class Sweeper:
     def __init__(
         self,
         database: Database,
-        ledger: Ledger,
+        ledger: ShardedLedger,
         metrics: BillingMetrics,
         *,
         interval_s: float,
@@ -58,26 +71,29 @@ class Sweeper:
             raise
 
     async def _pass(self) -> int:
-        holds = await due.expired_holds(self._database, self._batch_max)
+        holds = await due.expired_holds(self._database, self._batch_max, self._ledger.count, self._ledger.led)
         if self._holds_from_s is None:
             self._holds_from_s = time.monotonic() + self._hold_grace_s
         if time.monotonic() < self._holds_from_s:
             holds = []
         expired = await self._expire(ExpireHold(wallet_id, hold_id) for wallet_id, hold_id in holds)
         self._metrics.holds_expired.inc(expired)
-        grants = await due.expired_grants(self._database, self._batch_max)
+        grants = await due.expired_grants(self._database, self._batch_max, self._ledger.count, self._ledger.led)
         return expired + await self._expire(ExpireGrant(wallet_id, account_id) for wallet_id, account_id in grants)
 
     async def _expire(self, operations: Iterable[ExpireHold | ExpireGrant]) -> int:
+        """All at once: they go together in few transactions."""
+        due_now = list(operations)
+        outcomes = await asyncio.gather(*(self._ledger.submit(o) for o in due_now), return_exceptions=True)
         done = 0
-        for operation in operations:
-            try:
-                await self._ledger.submit(operation)
-            except Conflict:
+        for operation, outcome in zip(due_now, outcomes, strict=True):
+            if isinstance(outcome, Conflict):
                 continue  # a settlement or a heartbeat was first
-            except TollgateError as e:
-                log.error("expiry_failed", key=operation.key, code=e.code, detail=e.detail)
+            if isinstance(outcome, TollgateError):
+                log.error("expiry_failed", key=operation.key, code=outcome.code, detail=outcome.detail)
                 await self._database.ping()  # one wallet's trouble does not end the pass; the database's does
+            elif isinstance(outcome, BaseException):
+                raise outcome
             else:
                 log.info("expired", key=operation.key, wallet_id=str(operation.wallet_id))
                 done += 1

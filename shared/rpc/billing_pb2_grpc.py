@@ -54,10 +54,25 @@ class LedgerStub:
                 request_serializer=shared_dot_rpc_dot_billing__pb2.VoidRequest.SerializeToString,
                 response_deserializer=shared_dot_rpc_dot_billing__pb2.VoidReply.FromString,
                 _registered_method=True)
+        self.Operate = channel.stream_stream(
+                '/tollgate.billing.v1.Ledger/Operate',
+                request_serializer=shared_dot_rpc_dot_billing__pb2.OperateRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_billing__pb2.OperateReply.FromString,
+                _registered_method=True)
         self.ListPrices = channel.unary_unary(
                 '/tollgate.billing.v1.Ledger/ListPrices',
                 request_serializer=shared_dot_rpc_dot_billing__pb2.ListPricesRequest.SerializeToString,
                 response_deserializer=shared_dot_rpc_dot_billing__pb2.ListPricesReply.FromString,
+                _registered_method=True)
+        self.ListLeaders = channel.unary_unary(
+                '/tollgate.billing.v1.Ledger/ListLeaders',
+                request_serializer=shared_dot_rpc_dot_billing__pb2.ListLeadersRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_billing__pb2.ListLeadersReply.FromString,
+                _registered_method=True)
+        self.Forward = channel.unary_unary(
+                '/tollgate.billing.v1.Ledger/Forward',
+                request_serializer=shared_dot_rpc_dot_billing__pb2.ForwardRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_billing__pb2.ForwardReply.FromString,
                 _registered_method=True)
 
 
@@ -92,8 +107,29 @@ class LedgerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Operate(self, request_iterator, context):
+        """The same four, many in a message, answered in whatever order they are done; one stream for the life of a client.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPrices(self, request, context):
         """The prices in force now, for the model list.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLeaders(self, request, context):
+        """Who leads the shards of wallets, for clients that want to go there at once. Any process accepts any wallet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forward(self, request, context):
+        """Between billing's processes: an operation for a shard that the called one leads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,10 +158,25 @@ def add_LedgerServicer_to_server(servicer, server):
                     request_deserializer=shared_dot_rpc_dot_billing__pb2.VoidRequest.FromString,
                     response_serializer=shared_dot_rpc_dot_billing__pb2.VoidReply.SerializeToString,
             ),
+            'Operate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Operate,
+                    request_deserializer=shared_dot_rpc_dot_billing__pb2.OperateRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_billing__pb2.OperateReply.SerializeToString,
+            ),
             'ListPrices': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPrices,
                     request_deserializer=shared_dot_rpc_dot_billing__pb2.ListPricesRequest.FromString,
                     response_serializer=shared_dot_rpc_dot_billing__pb2.ListPricesReply.SerializeToString,
+            ),
+            'ListLeaders': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLeaders,
+                    request_deserializer=shared_dot_rpc_dot_billing__pb2.ListLeadersRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_billing__pb2.ListLeadersReply.SerializeToString,
+            ),
+            'Forward': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forward,
+                    request_deserializer=shared_dot_rpc_dot_billing__pb2.ForwardRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_billing__pb2.ForwardReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -247,6 +298,33 @@ class Ledger:
             _registered_method=True)
 
     @staticmethod
+    def Operate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tollgate.billing.v1.Ledger/Operate',
+            shared_dot_rpc_dot_billing__pb2.OperateRequest.SerializeToString,
+            shared_dot_rpc_dot_billing__pb2.OperateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListPrices(request,
             target,
             options=(),
@@ -263,6 +341,60 @@ class Ledger:
             '/tollgate.billing.v1.Ledger/ListPrices',
             shared_dot_rpc_dot_billing__pb2.ListPricesRequest.SerializeToString,
             shared_dot_rpc_dot_billing__pb2.ListPricesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLeaders(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tollgate.billing.v1.Ledger/ListLeaders',
+            shared_dot_rpc_dot_billing__pb2.ListLeadersRequest.SerializeToString,
+            shared_dot_rpc_dot_billing__pb2.ListLeadersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forward(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tollgate.billing.v1.Ledger/Forward',
+            shared_dot_rpc_dot_billing__pb2.ForwardRequest.SerializeToString,
+            shared_dot_rpc_dot_billing__pb2.ForwardReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,6 +16,12 @@ def owner_url(fresh_database: FreshDatabase) -> str:
     return fresh_database("billing", migrate=migrate)
 
 
+@pytest.fixture
+def lonely_url(fresh_database: FreshDatabase) -> str:
+    """A migrated database of this test's own: no other process shares its shards."""
+    return fresh_database("lonely", migrate=migrate)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def ledger(owner_url: str) -> AsyncIterator[Ledger]:
     async with ledger_on(owner_url) as ledger:

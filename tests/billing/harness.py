@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -22,22 +23,28 @@ from pydantic import SecretStr
 
 from services.billing.app import build
 from services.billing.cli import migrate_urls
+from services.billing.clients import GrpcPeers
 from services.billing.domain import DEFAULT_CLASS, PriceTerms, Usage, WalletView
-from services.billing.ledger.operations import GrantCredits, Heartbeat, PlaceHold, Settle
-from services.billing.ledger.results import Held
-from services.billing.ledger.writer import Writer, WriterLimits
+from services.billing.errors import LedgerUnavailable
+from services.billing.ledger.operations import GrantCredits, Heartbeat, Operation, PlaceHold, Settle
+from services.billing.ledger.results import Held, Result
+from services.billing.ledger.shards import ShardLimits, Shards
+from services.billing.ledger.writer import WriterLimits
 from services.billing.repository import history
 from services.billing.repository.database import Database, DatabaseLimits
+from services.billing.repository.leadership import shard_of
 from services.billing.repository.verification import Report, verify
 from services.billing.service import Prices
+from services.billing.servicer import Servicer
 from services.billing.settings import BillingSettings
 from services.billing.tasks import Sweeper
 from shared.clock import SystemClock
 from shared.database import dsn
-from shared.grpc import Caller
+from shared.grpc import Caller, create_server
 from shared.identity import HEADER, Identity, IdentityRing
 from shared.ids import uuid7
-from shared.telemetry import BillingMetrics
+from shared.rpc.billing_pb2_grpc import add_LedgerServicer_to_server
+from shared.telemetry import BillingMetrics, GrpcMetrics
 from shared.web import Readiness
 from tests.conftest import role_url
 
@@ -50,6 +57,14 @@ MODEL = "chat-mini"
 TERMS = PriceTerms(per_request=0, input=0, cached_input=0, output=1_000_000)
 SIGNUP_NANO = 1_000
 DEADLINE_S = 30.0
+SHARDS = 2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def migrate(owner_url: str) -> None:
@@ -59,12 +74,12 @@ def migrate(owner_url: str) -> None:
 
 @dataclass
 class Ledger:
-    """The writer on its own pool, with the price of TERMS published."""
+    """One process's part of the ledger on its own pool, with the price of TERMS published."""
 
     url: str
     owner_url: str
     database: Database
-    writer: Writer
+    writer: Shards
     prices: Prices
     sweeper: Sweeper
     metrics: BillingMetrics
@@ -89,10 +104,21 @@ class Ledger:
         assert report.is_clean, "\n".join(report.lines())
         return report
 
+    @asynccontextmanager
+    async def stalled(self, org_id: UUID) -> AsyncIterator[None]:
+        """Nobody's transaction for this wallet's shard gets past its first look."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            shard = shard_of(org_id, SHARDS)
+            await connection.execute("SELECT FROM billing.shard WHERE id = $1 FOR UPDATE", shard)
+            yield
+
     async def expire_now(self, hold_id: UUID) -> None:
-        """Move the end of a hold into the past, as if its time had gone by."""
+        """Move the end of a hold into the past, as if its time had gone by. The version tells the writer to look."""
         await self.pool.execute(
-            "UPDATE billing.open_hold SET expires_at = clock_timestamp() - interval '1 s' WHERE hold_id = $1", hold_id
+            """WITH hold AS (UPDATE billing.open_hold SET expires_at = clock_timestamp() - interval '1 s'
+                WHERE hold_id = $1 RETURNING wallet_id)
+            UPDATE billing.wallet SET version = version + 1 WHERE id = (SELECT wallet_id FROM hold)""",
+            hold_id,
         )
 
 
@@ -143,13 +169,68 @@ async def ledger_on(
     """A ledger on a migrated database. `url` is another way to reach it as the service's role."""
     url = url or role_url(owner_url, ROLE)
     metrics = BillingMetrics(CollectorRegistry())
-    async with Database(url, DatabaseLimits(connections_max=8)) as database:
-        writer = Writer(database, signup_credits=signup_nano, metrics=metrics, limits=limits)
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(Database(url, DatabaseLimits(connections_max=8)))
         prices = Prices(database)
         await prices.bring_up_to_date(MODEL, DEFAULT_CLASS, TERMS, "test")
-        sweeper = Sweeper(database, writer, metrics, interval_s=0.05, batch_max=100, hold_grace_s=0)
+        peers = GrpcPeers(RING, timeout_s=DEADLINE_S)
+        stack.push_async_callback(peers.close)
+        server = create_server(RING, GrpcMetrics(CollectorRegistry(), "billing"))
+        port = server.add_insecure_port("127.0.0.1:0")
+        writer = Shards(
+            database,
+            url,
+            peers,
+            address=f"127.0.0.1:{port}",
+            signup_credits=signup_nano,
+            metrics=metrics,
+            limits=ShardLimits(shards=SHARDS, balance_interval_s=0.05, lock_interval_s=0.02),
+            writer_limits=limits,
+        )
+        add_LedgerServicer_to_server(Servicer(writer, prices), server)
+        await server.start()
+        stack.push_async_callback(server.stop, 0)
+        await stack.enter_async_context(kept_running(writer.run))
+        sweeper = Sweeper(database, EveryShard(writer), metrics, interval_s=0.05, batch_max=100, hold_grace_s=0)
+        await wait_until(lambda: ready(writer), "a leader for every shard")
         yield Ledger(url, owner_url, database, writer, prices, sweeper, metrics)
-        await writer.close()
+
+
+@dataclass
+class EveryShard:
+    """The ledger for a sweeper that sweeps alone, whoever leads."""
+
+    writer: Shards
+
+    @property
+    def count(self) -> int:
+        return self.writer.count
+
+    @property
+    def led(self) -> list[int]:
+        return list(range(self.writer.count))
+
+    async def submit(self, operation: Operation) -> Result:
+        return await self.writer.submit(operation)
+
+
+async def ready(writer: Shards) -> bool:
+    try:
+        await writer.check()
+    except LedgerUnavailable:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def kept_running(run: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """A background task for the time of the block."""
+    task = asyncio.create_task(run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @dataclass
@@ -163,22 +244,33 @@ class App:
 
 @asynccontextmanager
 async def running(owner_url: str, **changes: Any) -> AsyncIterator[App]:
-    """The application as `app.build` makes it; its background tasks are not started."""
+    """The application as `app.build` makes it; of its background tasks only the ledger runs."""
     values: dict[str, Any] = {
         "identity_keys": SecretStr(IDENTITY_KEYS),
         "billing_database_url": SecretStr(role_url(owner_url, ROLE)),
         "signup_credits": "0.000001",
         "billing_hold_grace_s": 0,
+        "billing_shards": SHARDS,
     }
     async with AsyncExitStack() as stack:
-        service = await build(BillingSettings(**{**values, **changes}), stack, Readiness())
+        port = free_port()
+        values["billing_grpc_advertise"] = f"127.0.0.1:{port}"
+        readiness = Readiness()
+        service = await build(BillingSettings(**{**values, **changes}), stack, readiness)
         assert service.grpc is not None
-        port = service.grpc.add_insecure_port("127.0.0.1:0")
+        assert service.grpc.add_insecure_port(f"127.0.0.1:{port}") == port
         await service.grpc.start()
         stack.push_async_callback(service.grpc.stop, 0)
+        tasks = dict(service.tasks)
+        await stack.enter_async_context(kept_running(tasks.pop("ledger")))
+
+        async def leads() -> bool:
+            return (await readiness.report())[0]
+
+        await wait_until(leads, "the ledger's start")
         transport = httpx.ASGITransport(app=service.http[0].app)
         http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://billing"))
-        yield App(f"127.0.0.1:{port}", http, dict(service.tasks))
+        yield App(f"127.0.0.1:{port}", http, tasks)
 
 
 def caller(target: str) -> Caller:
@@ -224,6 +316,7 @@ def service_process(
         "TOLLGATE_BILLING_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
         "TOLLGATE_SIGNUP_CREDITS": "1",
         "TOLLGATE_BILLING_SWEEP_INTERVAL_S": "0.1",
+        "TOLLGATE_BILLING_SHARDS": str(SHARDS),
         "TOLLGATE_LOG_LEVEL": "ERROR",
         **(settings or {}),
     }

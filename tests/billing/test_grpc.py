@@ -178,24 +178,19 @@ async def test_nobody_calls_without_a_service_identity(app: App, org_id: UUID) -
 async def test_an_operation_whose_caller_goes_away_is_finished(app: App, ledger: Ledger, org_id: UUID) -> None:
     chat: Caller = caller(app.grpc_target)
     await chat.call(LedgerStub(chat.channel).Hold, hold_request(org_id, 1))
-    blocker = await ledger.pool.acquire()
-    transaction = blocker.transaction()
-    await transaction.start()
-    await blocker.fetchval("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", org_id)
     request = hold_request(org_id, 30)
-    call = asyncio.create_task(chat.call(LedgerStub(chat.channel).Hold, request, timeout_s=30))
+    async with ledger.stalled(org_id):
+        call = asyncio.create_task(chat.call(LedgerStub(chat.channel).Hold, request, timeout_s=30))
 
-    async def waits_for_the_lock() -> bool:
-        waiting: int = await ledger.pool.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-        return waiting > 0
+        async def waits_for_the_lock() -> bool:
+            waiting: int = await ledger.pool.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
+            return waiting > 0
 
-    await wait_until(waits_for_the_lock, "the wait for the wallet")
-    call.cancel()
-    await asyncio.gather(call, return_exceptions=True)
-    await transaction.rollback()
-    await ledger.pool.release(blocker)
+        await wait_until(waits_for_the_lock, "the wait for the shard")
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
 
     async def held() -> bool:
         return (await ledger.wallet(org_id)).held == 31

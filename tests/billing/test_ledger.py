@@ -21,10 +21,9 @@ from services.billing.errors import (
 )
 from services.billing.ledger.operations import ExpireGrant, ExpireHold, OpenWallet, Operation, Void
 from services.billing.ledger.results import Extended, Granted, Held, Settled, Voided
-from services.billing.ledger.writer import Writer, WriterLimits
 from shared.errors import TollgateError
 from shared.ids import uuid7
-from tests.billing.harness import SIGNUP_NANO, Ledger, grant, heartbeat, place, settle, wait_until
+from tests.billing.harness import SIGNUP_NANO, Ledger, grant, heartbeat, ledger_on, place, settle, wait_until
 
 STEPS = 150
 SEED = 11
@@ -58,8 +57,7 @@ async def test_a_wallet_is_opened_once_with_its_signup_grant_however_many_come_f
 
 async def test_a_person_gets_signup_credits_once_whatever_wallets_they_open(ledger: Ledger) -> None:
     person, wallets = uuid4(), [uuid4() for _ in range(6)]
-    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(2)]
-    await asyncio.gather(*(writers[n % 2].submit(OpenWallet(wallet, person)) for n, wallet in enumerate(wallets)))
+    await outcomes(ledger, *(OpenWallet(wallet, person) for wallet in wallets))
     assert sum([(await ledger.wallet(wallet)).granted for wallet in wallets]) == SIGNUP_NANO
     with pytest.raises(InsufficientCredits):
         await ledger.held(uuid4(), 1, user_id=person)
@@ -113,8 +111,8 @@ async def test_a_refusal_is_remembered_even_when_credits_have_come_since(ledger:
 
 async def test_concurrent_duplicates_are_applied_once_and_all_get_the_answer(ledger: Ledger, org_id: UUID) -> None:
     credit = grant(org_id, 50)
-    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(5)]
-    answers = await asyncio.gather(*(writer.submit(credit) for writer in writers for _ in range(4)))
+    async with ledger_on(ledger.owner_url) as other:
+        answers = await asyncio.gather(*(each.writer.submit(credit) for each in (ledger, other) for _ in range(10)))
     assert {type(a) for a in answers} == {Granted}
     assert len(set(answers)) == 1
     assert (await ledger.wallet(org_id)).granted == 50
@@ -129,9 +127,7 @@ async def test_of_concurrent_operations_with_one_key_and_different_bodies_one_is
         for n in range(5)
         for wallet in (org_id, uuid4())
     ]
-    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in rivals]
-    applied = (writer.submit(rival) for writer, rival in zip(writers, rivals, strict=True))
-    answers = await asyncio.gather(*applied, return_exceptions=True)
+    answers = await outcomes(ledger, *rivals)
     assert sum(isinstance(a, Granted) for a in answers) == 1
     assert sum(isinstance(a, IdempotencyMismatch) for a in answers) == len(rivals) - 1
     assert await count(ledger, "SELECT count(*) FROM billing.op WHERE tenant = $1", tenant) == 1
@@ -139,27 +135,27 @@ async def test_of_concurrent_operations_with_one_key_and_different_bodies_one_is
 
 
 async def test_retries_wait_for_the_operation_that_is_under_way(ledger: Ledger, org_id: UUID) -> None:
-    """A hot wallet: callers give up and come again, and take no place in the queue from other wallets."""
-    held, other = await ledger.held(org_id, 100), uuid4()
+    """Callers give up and come again: they take no place in the queue, and other shards do not wait."""
+    held = await ledger.held(org_id, 100)
+    elsewhere = UUID(int=uuid4().int & ~0xFF | (org_id.int + 1) % 256)
     posted = settle(org_id, held.hold_id, 40)
-    limits = WriterLimits(operations_in_flight_max=2)
-    writer = Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics, limits=limits)
     async with ledger.pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", org_id)
-        impatient = [asyncio.create_task(writer.submit(posted)) for _ in range(10)]
+        impatient = [asyncio.create_task(ledger.writer.submit(posted)) for _ in range(10)]
         await asyncio.wait(impatient, timeout=0.1)
         for caller in impatient:
             caller.cancel()
         await asyncio.wait(impatient)
-        retries = [asyncio.create_task(writer.submit(posted)) for _ in range(10)]
-        assert isinstance(await writer.submit(place(other, 10)), Held)
+        retries = [asyncio.create_task(ledger.writer.submit(posted)) for _ in range(10)]
+        assert isinstance(await ledger.writer.submit(place(elsewhere, 10)), Held)
         with pytest.raises(IdempotencyMismatch):
-            await writer.submit(settle(org_id, held.hold_id, 41))
+            await ledger.writer.submit(settle(org_id, held.hold_id, 41))
         assert not any(retry.done() for retry in retries)
+        assert ledger.writer.writer_of(org_id).waiting == 1
     assert set(await asyncio.gather(*retries)) == {Settled(40, 40, 0, SIGNUP_NANO - 40)}
     assert (await ledger.wallet(org_id)).spent == 40
     with pytest.raises(IdempotencyMismatch):
-        await writer.submit(settle(org_id, held.hold_id, 41))
+        await ledger.writer.submit(settle(org_id, held.hold_id, 41))
 
 
 async def test_heartbeats_with_different_usage_do_not_clash(ledger: Ledger, org_id: UUID) -> None:
@@ -170,7 +166,7 @@ async def test_heartbeats_with_different_usage_do_not_clash(ledger: Ledger, org_
 
 async def test_a_hold_belongs_to_one_wallet(ledger: Ledger, org_id: UUID) -> None:
     held, stranger = await ledger.held(org_id, 100), uuid4()
-    await ledger.writer.submit(OpenWallet(stranger))
+    await ledger.writer.submit(OpenWallet(stranger, uuid4()))
     with pytest.raises(IdempotencyMismatch):
         await ledger.writer.submit(place(stranger, 100, hold_id=held.hold_id))
     for foreign in (
@@ -218,19 +214,18 @@ async def test_settlement_expiry_and_void_race_to_one_resolution(ledger: Ledger)
     await ledger.verified()
 
 
-async def test_several_writers_resolve_a_hold_once(ledger: Ledger) -> None:
-    """Nothing but the database stands between them."""
-    writers = [Writer(ledger.database, signup_credits=SIGNUP_NANO, metrics=ledger.metrics) for _ in range(4)]
-    for _ in range(15):
-        org_id = uuid4()
-        held = await ledger.held(org_id, 100)
-        await ledger.expire_now(held.hold_id)
-        operations = (settle(org_id, held.hold_id, 50), ExpireHold(org_id, held.hold_id))
-        rivals = [writer.submit(operation) for writer in writers for operation in operations]
-        answers = await asyncio.gather(*rivals, return_exceptions=True)
-        assert all(isinstance(a, Settled | HoldResolved) for a in answers), answers
-        wallet = await ledger.wallet(org_id)
-        assert (wallet.spent, wallet.held) == (50, 0)
+async def test_two_processes_resolve_a_hold_once(ledger: Ledger) -> None:
+    async with ledger_on(ledger.owner_url) as other:
+        for _ in range(15):
+            org_id = uuid4()
+            held = await ledger.held(org_id, 100)
+            await ledger.expire_now(held.hold_id)
+            operations = (settle(org_id, held.hold_id, 50), ExpireHold(org_id, held.hold_id))
+            rivals = [each.writer.submit(operation) for each in (ledger, other) for operation in operations]
+            answers = await asyncio.gather(*rivals, return_exceptions=True)
+            assert all(isinstance(a, Settled | HoldResolved) for a in answers), answers
+            wallet = await ledger.wallet(org_id)
+            assert (wallet.spent, wallet.held) == (50, 0)
     await ledger.verified()
 
 

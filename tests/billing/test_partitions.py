@@ -76,7 +76,7 @@ def plain_url(fresh_database: FreshDatabase) -> str:
     """A database as it was before the tables were partitioned."""
     url = fresh_database("plain")
     database.migrate("billing", url, role_url(url, ROLE), revision=BEFORE)
-    grants = {name: rights for name, rights in SERVICE_GRANTS.items() if name in EXISTED}
+    grants = {name: rights.replace(", version", "") for name, rights in SERVICE_GRANTS.items() if name in EXISTED}
     database.set_grants("billing", url, role_url(url, ROLE), grants)
     return url
 

@@ -256,5 +256,5 @@ async def test_an_operator_publishes_prices_and_an_overlap_conflicts(app: App) -
 
 
 async def test_readiness_and_metrics_answer(app: App) -> None:
-    assert (await app.http.get("/readyz")).json()["checks"] == {"postgres": "ok"}
+    assert (await app.http.get("/readyz")).json()["checks"] == {"postgres": "ok", "ledger": "ok"}
     assert "tollgate_billing_operations_total" in (await app.http.get("/metrics")).text

@@ -20,7 +20,7 @@ from services.billing.ledger.writer import WriterLimits
 from services.billing.tasks import Gauges, Sweeper
 from shared.money import NANO_PER_CREDIT
 from tests.billing.gate import Gate, gate_to
-from tests.billing.harness import SIGNUP_NANO, App, Ledger, grant, heartbeat, ledger_on, settle, wait_until
+from tests.billing.harness import SHARDS, SIGNUP_NANO, App, Ledger, grant, heartbeat, ledger_on, settle, wait_until
 
 
 def gauge(ledger: Ledger, name: str) -> float:
@@ -48,7 +48,11 @@ async def test_the_gauges_show_what_is_open_held_and_frozen(ledger: Ledger, org_
 
 
 async def test_the_sweeper_sweeps_by_itself(app: App, ledger: Ledger) -> None:
-    wallets = [uuid4() for _ in range(5)]
+    async def shared() -> bool:
+        return 0 < len(ledger.writer.led) < SHARDS
+
+    await wait_until(shared, "a shard for each process")
+    wallets = [org_id for org_id in (uuid4() for _ in range(50)) if not ledger.writer.writer_of(org_id).accepts][:5]
     for org_id in wallets:
         await ledger.held(org_id, 100, ttl_ms=100)
     sweeping = asyncio.create_task(app.tasks["sweeper"]())
@@ -118,18 +122,26 @@ class Interrupted:
     ledger: Ledger
     gate: Gate
 
+    @property
+    def count(self) -> int:
+        return self.ledger.writer.count
+
+    @property
+    def led(self) -> list[int]:
+        return self.ledger.writer.led
+
     async def submit(self, operation: Operation) -> Result:
         self.gate.shut()
         return await self.ledger.writer.submit(operation)
 
 
-async def test_an_outage_in_the_middle_of_a_pass_ends_it(ledger: Ledger, org_id: UUID) -> None:
-    async with behind_a_gate(ledger) as (behind, gate):
+async def test_an_outage_in_the_middle_of_a_pass_ends_it(lonely_url: str, org_id: UUID) -> None:
+    async with ledger_on(lonely_url) as plain, behind_a_gate(plain) as (behind, gate):
         interrupted = Interrupted(behind, gate)
         sweeper = Sweeper(behind.database, interrupted, behind.metrics, interval_s=1, batch_max=100, hold_grace_s=0.1)
-        holds = [await ledger.held(org_id, 100) for _ in range(10)]
+        holds = [await plain.held(org_id, 100) for _ in range(10)]
         for hold in holds:
-            await ledger.expire_now(hold.hold_id)
+            await plain.expire_now(hold.hold_id)
 
         async def broke() -> bool:
             try:
@@ -141,8 +153,8 @@ async def test_an_outage_in_the_middle_of_a_pass_ends_it(ledger: Ledger, org_id:
         await wait_until(broke, "the outage")
         gate.open()
         assert await sweeper.sweep() == 0
-    await ledger.sweeper.sweep()
-    assert (await ledger.wallet(org_id)).held == 0
+        await plain.sweeper.sweep()
+        assert (await plain.wallet(org_id)).held == 0
 
 
 async def test_no_hold_expires_at_once_after_a_start_but_grants_do(ledger: Ledger, org_id: UUID) -> None:
@@ -160,17 +172,19 @@ async def test_no_hold_expires_at_once_after_a_start_but_grants_do(ledger: Ledge
     await ledger.writer.submit(settle(org_id, held.hold_id, 0))
 
 
-async def test_a_wallet_that_is_stuck_does_not_keep_the_others_from_expiring(owner_url: str, ledger: Ledger) -> None:
-    stuck, other = uuid4(), uuid4()
-    holds = [await ledger.held(org_id, 100) for org_id in (stuck, other)]
-    for hold in holds:
-        await ledger.expire_now(hold.hold_id)
-    async with (
-        ledger_on(owner_url, limits=WriterLimits(operation_timeout_s=0.3)) as hasty,
-        ledger.pool.acquire() as connection,
-        connection.transaction(),
-    ):
-        await connection.execute("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", stuck)
-        assert await hasty.sweeper.sweep() == 1
-        assert ((await ledger.wallet(stuck)).held, (await ledger.wallet(other)).held) == (100, 0)
-    await ledger.sweeper.sweep()
+async def test_a_shard_that_is_stuck_does_not_keep_the_others_from_expiring(lonely_url: str) -> None:
+    async with ledger_on(lonely_url, limits=WriterLimits(operation_timeout_s=0.3)) as hasty:
+        stuck = uuid4()
+        other = UUID(int=uuid4().int & ~0xFF | (stuck.int + 1) % 256)
+        for org_id in (stuck, other):
+            held = await hasty.held(org_id, 100)
+            await hasty.expire_now(held.hold_id)
+        async with hasty.stalled(stuck):
+            assert await hasty.sweeper.sweep() == 1
+            assert ((await hasty.wallet(stuck)).held, (await hasty.wallet(other)).held) == (100, 0)
+
+        async def released() -> bool:
+            await hasty.sweeper.sweep()
+            return (await hasty.wallet(stuck)).held == 0
+
+        await wait_until(released, "the release")

@@ -237,23 +237,18 @@ async def test_a_request_that_is_cancelled_while_it_asks_for_a_hold_reserves_not
 ) -> None:
     async with customer.hold(1) as hold:
         await hold.void("open the wallet")
-    blocker = await customer.billing.ledger.pool.acquire()
-    transaction = blocker.transaction()
-    await transaction.start()
-    await blocker.fetchval("SELECT 1 FROM billing.wallet WHERE id = $1 FOR UPDATE", customer.org_id)
-    entering = asyncio.create_task(customer.hold(70).__aenter__())
+    async with customer.billing.ledger.stalled(customer.org_id):
+        entering = asyncio.create_task(customer.hold(70).__aenter__())
 
-    async def waits() -> bool:
-        waiting: int = await customer.billing.ledger.pool.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-        return waiting > 0
+        async def waits() -> bool:
+            waiting: int = await customer.billing.ledger.pool.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
+            return waiting > 0
 
-    await wait_until(waits, "the wait for the wallet")
-    entering.cancel()
-    await asyncio.gather(entering, return_exceptions=True)
-    await transaction.rollback()
-    await customer.billing.ledger.pool.release(blocker)
+        await wait_until(waits, "the wait for the shard")
+        entering.cancel()
+        await asyncio.gather(entering, return_exceptions=True)
 
     async def voided() -> bool:
         operations: int = await customer.billing.ledger.pool.fetchval(

@@ -1,6 +1,6 @@
-"""A wallet's books in memory: what the kernel decides on, and the rows that its decisions come to.
+"""A wallet's books in memory: what the kernel decides on.
 
-A `Book` is loaded under the wallet's lock, changed by any number of operations in order, and written back whole. Each
+A `Book` is loaded once and changed by operations in order; a `Journal` collects what a batch of them comes to. Each
 wallet has accounts of its own (docs/decisions/0010): one per grant, limited to what was put into it, and four
 of the system:
 
@@ -8,24 +8,36 @@ of the system:
     receivable  usage beyond the wallet's credits, owed     breakage    what expired
 
 One transfer is one debit and one credit of the same amount, so that an imbalance cannot be written. Nothing here does
-I/O or looks at a clock; ids of rows are given by who writes them.
+I/O or looks at a clock; ids of rows come from who makes the journal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Literal
+from datetime import UTC, date, datetime
+from typing import Literal, NamedTuple
 from uuid import UUID
 
-from services.billing.domain import INT8_MAX, Price, Usage
+from services.billing.domain import INT8_MAX, Price, PriceTerms, Usage
 from services.billing.errors import AmountTooLarge
+from services.billing.ledger.rows import (
+    AccountRow,
+    Counters,
+    GrantRow,
+    HoldRow,
+    Rows,
+    Transfer,
+    TransferCode,
+    WalletRow,
+)
 
 AccountKind = Literal["grant", "funding", "revenue", "receivable", "breakage"]
-SYSTEM_KINDS: tuple[AccountKind, ...] = ("funding", "revenue", "receivable", "breakage")
-TransferCode = Literal["grant", "usage", "late", "receivable", "repayment", "expiry"]
-ResolutionKind = Literal["post", "void", "expire"]
+SystemKind = Literal["funding", "revenue", "receivable", "breakage"]
+SYSTEM_KINDS: tuple[SystemKind, ...] = ("funding", "revenue", "receivable", "breakage")
+Subject = Literal["key", "member"]
+LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+Period = Literal["day", "month"]
 
 
 @dataclass(slots=True)
@@ -51,7 +63,10 @@ class Account:
     @property
     def free(self) -> int:
         """Of a grant: credits neither spent nor held."""
-        return self.left - self.debits_pending
+        return self.credits_posted - self.debits_posted - self.debits_pending
+
+    def counters(self) -> Counters:
+        return Counters(self.id, self.debits_posted, self.credits_posted, self.debits_pending, self.credits_pending)
 
 
 @dataclass(slots=True)
@@ -60,10 +75,7 @@ class Grant:
 
     account: Account
     priority: int
-    effective_at: datetime
     expires_at: datetime | None
-    source: str
-    reason: str = ""
 
     def order(self) -> tuple[int, bool, float, UUID]:
         expires = self.expires_at
@@ -73,158 +85,154 @@ class Grant:
         return self.expires_at is not None and self.expires_at <= now
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """The part of a hold that one grant covers."""
 
     account_id: UUID
     amount: int
 
 
-@dataclass(frozen=True, slots=True)
-class HoldRow:
-    """A hold as it was placed; never changes."""
-
-    id: UUID
-    wallet_id: UUID
-    user_id: UUID | None
-    key_id: UUID | None
-    plan: str
-    model: str
-    price: Price
-    covered: Usage
-    amount: int
-    request_id: str
-    created_at: datetime
-    slices: tuple[Slice, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenHold:
-    """What changes of a hold while it is open."""
-
-    expires_at: datetime
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """How a hold ended; `amount` is what its credits paid."""
-
-    hold_id: UUID
-    op_id: UUID
-    kind: ResolutionKind
-    amount: int
-    at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class UsageRow:
-    """What was used: part 0 when the hold was resolved, part 1 what a settlement after its expiry added."""
-
-    hold: HoldRow
-    part: int
-    op_id: UUID
-    build: str
-    tokens: tuple[int, int, int]
-    cost: int
-    finish_reason: str
-    duration_ms: int
-    at: datetime
-
-
 @dataclass(slots=True)
-class HoldState:
-    """A hold with its present state. `posted` and `posted_cost` are its part 0 of usage."""
+class Hold:
+    """A hold with its present state: open until `resolution` says how it ended.
+
+    `usage` is the last that a heartbeat reported; `posted` and `posted_cost` are its part 0 of usage.
+    """
 
     row: HoldRow
-    open: OpenHold | None = None
-    resolution: Resolution | None = None
+    terms: PriceTerms
+    slices: tuple[Slice, ...]
+    expires_at: datetime
+    usage: Usage = field(default_factory=Usage)
+    resolution: str | None = None
     posted: Usage = field(default_factory=Usage)
     posted_cost: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One debit and one credit. `balance_after` is the sum of what is left of the wallet's grants."""
+@dataclass(slots=True)
+class Spending:
+    """What a key or a member with budgets has spent, by the calendar (UTC), and holds at present."""
 
-    op_id: UUID
-    seq: int
-    debit_account: UUID
-    credit_account: UUID
+    limits: dict[Period, int]
+    today: date
+    day: int = 0
+    month: int = 0
+    held: int = 0
+
+    def room(self, today: date) -> int:
+        """What it may still hold; negative when a budget was lowered."""
+        self._turn(today)
+        spent = {"day": self.day, "month": self.month}
+        return min(limit - spent[period] for period, limit in self.limits.items()) - self.held
+
+    def add(self, cost: int, today: date) -> None:
+        self._turn(today)
+        self.day += cost
+        self.month += cost
+
+    def _turn(self, today: date) -> None:
+        if today == self.today:
+            return
+        if (today.year, today.month) != (self.today.year, self.today.month):
+            self.month = 0
+        self.day, self.today = 0, today
+
+
+class Draw(NamedTuple):
+    """A transfer that took something for a hold or a charge, or gave it back (`refund`)."""
+
+    account_id: UUID
     amount: int
     code: TransferCode
-    hold_id: UUID | None
-    balance_after: int
-    effective_at: datetime
-    booked_at: datetime
 
 
 @dataclass(slots=True)
-class Rows:
-    """What has to be written, besides the counters of touched accounts."""
+class Journal:
+    """One batch: its time, where ids come from, the prices in force, and the rows of what was decided so far.
 
-    accounts: list[Account] = field(default_factory=list)
-    grants: list[Grant] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    holds: list[HoldRow] = field(default_factory=list)
-    opened: dict[UUID, OpenHold] = field(default_factory=dict)
-    closed: list[UUID] = field(default_factory=list)
-    resolutions: list[Resolution] = field(default_factory=list)
-    usages: list[UsageRow] = field(default_factory=list)
-    expired_grants: list[UUID] = field(default_factory=list)
+    `now` decides what is expired; `op_id` is the operation being applied.
+    """
+
+    now: datetime
+    next_id: Callable[[], UUID]
+    prices: dict[tuple[str, str], list[Price]]
+    op_id: UUID
+    rows: Rows = field(default_factory=Rows)
+    touched: dict[UUID, Account] = field(default_factory=dict)
+    books: dict[UUID, Book] = field(default_factory=dict)
+
+    @property
+    def today(self) -> date:
+        return self.now.astimezone(UTC).date()
+
+    def price(self, model: str, customer_class: str) -> Price | None:
+        for price in self.prices.get((model, customer_class), ()):
+            if price.valid_from <= self.now and (price.valid_until is None or self.now < price.valid_until):
+                return price
+        return None
+
+    def wallets(self, *, new: bool) -> list[WalletRow]:
+        """Of the wallets that were changed: the new ones, or the others."""
+        return [
+            WalletRow(book.wallet_id, book.seq_written, book.seq, book.booked_at, book.is_frozen)
+            for book in self.books.values()
+            if book.is_new == new
+        ]
+
+    def counters(self) -> list[Counters]:
+        """Of every account that was touched, but for those that are new: their rows have them."""
+        new = {row.id for row in self.rows.accounts}
+        return [account.counters() for account in self.touched.values() if account.id not in new]
+
+    def new_accounts(self) -> list[AccountRow]:
+        """The rows of new accounts, with the counters that they have at the end of the batch."""
+        return [row._replace(**self.touched[row.id].counters()._asdict()) for row in self.rows.accounts]
 
 
 @dataclass(slots=True)
 class Book:
-    """One wallet. `op_id`, `now` and `booked_at` are those of the operation being applied.
-
-    `now` decides what is expired; `booked_at` never goes back within a wallet, even where the clock was set back.
-    """
+    """One wallet. `booked_at` never goes back within it, even where the clock was set back."""
 
     wallet_id: UUID
-    seq: int
-    is_frozen: bool
-    now: datetime
-    booked_at: datetime
-    op_id: UUID
-    accounts: dict[AccountKind, Account]
+    seq: int = 0
+    version: int = 0
+    is_frozen: bool = False
+    booked_at: datetime = LONG_AGO
+    has_signup: bool = False
+    accounts: dict[SystemKind, Account] = field(default_factory=dict)
     grants: dict[UUID, Grant] = field(default_factory=dict)
-    holds: dict[UUID, HoldState] = field(default_factory=dict)
-    prices: dict[tuple[str, str], Price] = field(default_factory=dict)
-    foreign_holds: set[UUID] = field(default_factory=set)
-    touched: dict[UUID, Account] = field(default_factory=dict)
-    rows: Rows = field(default_factory=Rows)
+    order: list[Grant] = field(default_factory=list)
+    holds: dict[UUID, Hold] = field(default_factory=dict)
+    foreign: set[UUID] = field(default_factory=set)
+    spending: dict[tuple[Subject, UUID], Spending] = field(default_factory=dict)
+    draws: dict[UUID, list[Draw]] = field(default_factory=dict)
+    balance: int = 0
+    seq_written: int = 0
+    is_new: bool = False
 
-    @property
-    def balance(self) -> int:
-        """Credits not spent, held ones included."""
-        return sum(grant.account.left for grant in self.grants.values())
-
-    @property
-    def available(self) -> int:
+    def available(self, now: datetime) -> int:
         """What a hold may take now."""
-        return sum(grant.account.free for grant in self.drawable())
+        return sum(grant.account.free for grant in self.drawable(now))
 
-    @property
-    def reachable(self) -> int:
+    def reachable(self, now: datetime) -> int:
         """What a hold could take if nothing else were in flight."""
-        return sum(grant.account.left for grant in self.drawable())
+        return sum(grant.account.left for grant in self.drawable(now))
 
     @property
     def owed(self) -> int:
         account = self.accounts["receivable"]
         return account.debits_posted - account.credits_posted
 
-    def drawable(self) -> Iterator[Grant]:
+    def drawable(self, now: datetime) -> Iterator[Grant]:
         """Grants that are not expired, in the order in which they are drawn."""
-        live = (g for g in self.grants.values() if not g.is_expired(self.now))
-        yield from sorted(live, key=Grant.order)
+        for grant in self.order:
+            if grant.expires_at is None or grant.expires_at > now:
+                yield grant
 
-    def draw(self, amount: int) -> list[Slice]:
+    def draw(self, amount: int, now: datetime) -> list[Slice]:
         """Up to `amount` from what is available, in order; less when there is less. Changes nothing."""
         slices = []
-        for grant in self.drawable():
+        for grant in self.drawable(now):
             if amount <= 0:
                 break
             part = min(grant.account.free, amount)
@@ -235,6 +243,7 @@ class Book:
 
     def post(
         self,
+        journal: Journal,
         debit: Account,
         credit: Account,
         amount: int,
@@ -246,55 +255,107 @@ class Book:
         """One transfer. Raises AmountTooLarge, and changes nothing, when a counter would pass an int8."""
         assert amount > 0, "a transfer has an amount"
         assert debit is not credit, "a transfer has two accounts"
-        if max(debit.debits_posted, credit.credits_posted) > INT8_MAX - amount:
+        if debit.debits_posted > INT8_MAX - amount or credit.credits_posted > INT8_MAX - amount:
             raise AmountTooLarge()
         debit.debits_posted += amount
         credit.credits_posted += amount
-        assert not debit.limited or debit.free >= 0, "a limited account debits no more than it was credited"
-        self._touch(debit, credit)
+        if debit.kind == "grant":
+            assert debit.free >= 0, "a limited account debits no more than it was credited"
+            self.balance -= amount
+        if credit.kind == "grant":
+            self.balance += amount
+        journal.touched[debit.id] = debit
+        journal.touched[credit.id] = credit
+        journal.books[self.wallet_id] = self
+        if journal.now > self.booked_at:
+            self.booked_at = journal.now
         self.seq += 1
-        transfer = Transfer(
-            op_id=self.op_id,
-            seq=self.seq,
-            debit_account=debit.id,
-            credit_account=credit.id,
-            amount=amount,
-            code=code,
-            hold_id=hold_id,
-            balance_after=self.balance,
-            effective_at=effective_at or self.now,
-            booked_at=self.booked_at,
+        journal.rows.transfers.append(
+            Transfer(
+                journal.next_id(),
+                journal.op_id,
+                self.wallet_id,
+                self.seq,
+                debit.id,
+                credit.id,
+                amount,
+                code,
+                hold_id,
+                self.balance,
+                effective_at or journal.now,
+                self.booked_at,
+            )
         )
-        self.rows.transfers.append(transfer)
+        if hold_id in self.draws:
+            self.draws[hold_id].append(Draw(credit.id if code == "refund" else debit.id, amount, code))
 
-    def reserve(self, part: Slice) -> None:
+    def reserve(self, journal: Journal, part: Slice) -> None:
         """Make a slice pending."""
         account, revenue = self.grants[part.account_id].account, self.accounts["revenue"]
         account.debits_pending += part.amount
         revenue.credits_pending += part.amount
         assert account.free >= 0, "a hold takes only what is free"
-        self._touch(account, revenue)
+        journal.touched[account.id] = account
+        journal.touched[revenue.id] = revenue
 
-    def release(self, part: Slice) -> None:
+    def release(self, journal: Journal, part: Slice) -> None:
         """Undo `reserve`."""
         account, revenue = self.grants[part.account_id].account, self.accounts["revenue"]
         account.debits_pending -= part.amount
         revenue.credits_pending -= part.amount
         assert account.debits_pending >= 0, "only what is pending is released"
         assert revenue.credits_pending >= 0, "only what is pending is released"
-        self._touch(account, revenue)
+        journal.touched[account.id] = account
+        journal.touched[revenue.id] = revenue
 
-    def add_account(self, account: Account) -> None:
-        """An account that is not in the database yet."""
-        self.rows.accounts.append(account)
-        if account.kind != "grant":
-            self.accounts[account.kind] = account
+    def open(self, journal: Journal) -> None:
+        """Make the system's accounts of a wallet that is not in the database yet."""
+        for kind in SYSTEM_KINDS:
+            self.accounts[kind] = self._new_account(journal, journal.next_id(), kind)
+        self.is_new, self.booked_at = True, journal.now
+        journal.books[self.wallet_id] = self
 
-    def add_grant(self, grant: Grant) -> None:
-        self.add_account(grant.account)
+    def add_grant(
+        self,
+        journal: Journal,
+        account_id: UUID,
+        *,
+        priority: int,
+        expires_at: datetime | None,
+        source: str,
+        reason: str,
+    ) -> Grant:
+        """A new grant, without its credits: post them."""
+        grant = Grant(self._new_account(journal, account_id, "grant"), priority, expires_at)
+        self.know(grant)
+        self.has_signup = self.has_signup or source == "signup"
+        journal.rows.grants.append(
+            GrantRow(account_id, self.wallet_id, priority, journal.now, expires_at, source, reason)
+        )
+        return grant
+
+    def know(self, grant: Grant) -> None:
+        """A grant that was loaded, or has just been made."""
         self.grants[grant.account.id] = grant
-        self.rows.grants.append(grant)
+        self.order.append(grant)
+        self.order.sort(key=Grant.order)
+        self.balance += grant.account.left
 
-    def _touch(self, *accounts: Account) -> None:
-        for account in accounts:
-            self.touched[account.id] = account
+    def written(self, hold_ids: Iterable[UUID]) -> None:
+        """The batch is committed: what is done for, of its holds and of the grants, is only in the database now."""
+        self.is_new, self.seq_written = False, self.seq
+        if any(grant.account.credits_posted == grant.account.debits_posted for grant in self.order):
+            self.order = [grant for grant in self.order if grant.account.left > 0]
+            self.grants = {grant.account.id: grant for grant in self.order}
+        for hold_id in hold_ids:
+            hold = self.holds.get(hold_id)
+            if hold is not None and hold.resolution is not None:
+                del self.holds[hold_id]
+        self.draws.clear()
+        self.foreign.clear()
+
+    def _new_account(self, journal: Journal, account_id: UUID, kind: AccountKind) -> Account:
+        account = Account(account_id, kind)
+        journal.rows.accounts.append(AccountRow(account_id, self.wallet_id, kind, kind == "grant", 0, 0, 0, 0))
+        journal.touched[account_id] = account
+        return account

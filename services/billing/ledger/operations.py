@@ -17,6 +17,8 @@ import orjson
 
 from services.billing.domain import Usage
 
+GRANT_PRIORITY = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -107,27 +109,6 @@ class GrantCredits(AuthoredOperation):
     reason: str
     priority: int
     expires_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class TopUp(Operation):
-    """Grant what was paid for, and mark the row of billing.topup as paid: one transaction, once for each top-up."""
-
-    kind = "topup"
-    opens_wallet = True
-    incidental = frozenset({"account_id"})
-
-    topup_id: UUID
-    account_id: UUID
-    amount: int
-    source: str
-    reason: str
-    priority: int
-    expires_at: datetime | None
-
-    @property
-    def key(self) -> str:
-        return f"topup:{self.topup_id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,6 @@ import orjson
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Of a grant and of a top-up."""
-
     grant_id: UUID
     amount: int
     available: int
@@ -81,7 +79,6 @@ Result = Remembered | Extended | None
 
 _RESULTS: dict[str, type[Remembered]] = {
     "grant": Granted,
-    "topup": Granted,
     "hold": Held,
     "settle": Settled,
     "void": Voided,

@@ -1,43 +1,50 @@
-"""Applies operations to the ledger: one operation is one transaction.
+"""The writer of one shard: operations queue up while a transaction is under way, and go together in the next one.
 
-    lock the wallet's row → was this done before? → load the book → kernel → write, and remember → COMMIT → answer
+    queue → batch (as many as are there, at once) → transaction → answers
 
 Failure modes:
-- The connection breaks, or PostgreSQL restarts, or gives up the transaction: nothing was written, or all of it was
-  and the acknowledgement was lost. Either way the same operation is sent again, a bounded number of times, and finds
-  out by its key. After that the caller gets `billing_unavailable` and may come again with the same id.
-- The caller goes away: the transaction goes on, in a task of its own, and `close` waits for it. A caller that comes
-  again with the same operation meanwhile waits for that task: retries do not queue up.
-- Too many wait: `billing_overloaded`, at once.
-Operations on one wallet queue up in this process before they take a connection, so that one busy wallet does not
-starve the others of the pool.
+- The connection breaks, or PostgreSQL restarts, or gives the transaction up: nothing was written, or all of it was and
+  the acknowledgement was lost. The batch goes back to the head of the queue; the next leader of the shard, mostly this
+  process on a new connection, sends it again, and finds by its keys what was done.
+- Another process leads the shard: whoever waits here is told so (`NotLeading`) and goes there (shards.py).
+- One operation cannot be written: the batch's operations are tried one by one, and only that one fails.
+- The caller goes away: the operation is done all the same. A caller that comes again with the same operation
+  meanwhile gets the answer of the first.
+- Too many wait: `billing_overloaded`, at once. One has waited for `operation_timeout_s`: `billing_unavailable`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
-from weakref import WeakValueDictionary
 
-from services.billing.domain import customer_classes
-from services.billing.errors import REFUSALS, HoldNotFound, IdempotencyMismatch, LedgerUnavailable
-from services.billing.ledger import kernel
-from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
-from services.billing.ledger.operations import GrantCredits, OpenWallet, Operation, PlaceHold
-from services.billing.ledger.results import Result, result_from_json, result_to_json
-from services.billing.repository import ledger as repository
-from services.billing.repository.database import Connection, Database
-from services.billing.repository.ledger import Locked, Remembered
-from shared.errors import TollgateError
-from shared.ids import uuid7
+import asyncpg
+
+from services.billing.errors import IdempotencyMismatch, LedgerUnavailable
+from services.billing.ledger import failpoints
+from services.billing.ledger.batch import Batch, Fenced, Memory, Pending
+from services.billing.ledger.book import Journal
+from services.billing.ledger.operations import Operation
+from services.billing.ledger.results import Result
+from services.billing.repository.database import TRANSIENT, Connection
+from services.billing.repository.ledger_write import BookOutdated
+from shared.errors import Internal, TollgateError
 from shared.money import NANO_PER_CREDIT
-from shared.telemetry import BillingMetrics
+from shared.telemetry import BillingMetrics, get_logger
 
-SIGNUP_SOURCE = "signup"
-GRANT_PRIORITY = 100
+log = get_logger(__name__)
+
+
+# Not worth trying on this connection again; the next one finds out what was done.
+_LOST: tuple[type[BaseException], ...] = (
+    Fenced,
+    *(cause for cause in TRANSIENT if cause is not asyncpg.UniqueViolationError),
+)
 
 
 class Ledger(Protocol):
@@ -50,210 +57,198 @@ class Ledger(Protocol):
         """
 
 
+class NotLeading(LedgerUnavailable):
+    """This process does not write this shard now. Nothing was done here."""
+
+    default_code = "billing_not_leading"
+
+
 @dataclass(frozen=True, slots=True)
 class WriterLimits:
-    """The writer's queue and its wait, all attempts of an operation together."""
+    """A writer's queue, batches, waits and memory."""
 
     operation_timeout_s: float = 15.0
-    operations_in_flight_max: int = 1_000
+    operations_in_flight_max: int = 10_000
+    batch_operations_max: int = 1_000
+    attempts_max: int = 5
+    expiry_interval_s: float = 0.25
+    wallets_in_memory_max: int = 20_000
 
 
-class Writer:
-    """The ledger on PostgreSQL, one transaction an operation. `signup_credits` is in nano-credits."""
+class ShardWriter:
+    """Applies the operations of one shard, in order. `signup_credits` is in nano-credits.
 
-    def __init__(
-        self, database: Database, *, signup_credits: int, metrics: BillingMetrics, limits: WriterLimits | None = None
-    ) -> None:
-        self._database = database
+    `serve` does it as long as this process leads the shard; between two times of that, `accepts` says whether
+    operations may wait here.
+    """
+
+    def __init__(self, shard: int, *, signup_credits: int, metrics: BillingMetrics, limits: WriterLimits) -> None:
+        self.shard = shard
+        self.accepts = False
         self._signup_credits = signup_credits
         self._metrics = metrics
-        self._limits = limits or WriterLimits()
-        self._queues: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
-        self._tasks: set[asyncio.Task[Result]] = set()
-        self._under_way: dict[tuple[UUID, str], tuple[bytes, asyncio.Task[Result]]] = {}
+        self._limits = limits
+        self._memory = Memory(limits.wallets_in_memory_max)
+        self._queue: list[Pending] = []
+        self._in_flight: Sequence[Pending] = ()
+        self._under_way: dict[tuple[UUID, str], Pending] = {}
+        self._wake = asyncio.Event()
 
-    async def submit(self, operation: Operation) -> Result:
-        """See `Ledger.submit`."""
-        return await asyncio.shield(self._joined(operation) if operation.remembered else self._begun(operation))
+    def enqueue(self, operation: Operation) -> asyncio.Future[Result]:
+        """The operation's answer, to come. Raises NotLeading, LedgerUnavailable, IdempotencyMismatch at once.
 
-    async def close(self) -> None:
-        """Wait for what is under way; its callers may be gone."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _joined(self, operation: Operation) -> asyncio.Task[Result]:
-        """The task of this operation, begun now unless it is under way. Raises IdempotencyMismatch."""
+        Whoever waits may be cancelled: the operation is not.
+        """
+        if not self.accepts:
+            raise NotLeading()
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        if not operation.remembered:
+            self._add(Pending(operation, b"", 0), answer)
+            return answer
         key, digest = (operation.tenant, operation.key), operation.body_sha256()
-        if key in self._under_way:
-            first_digest, first = self._under_way[key]
-            if first_digest != digest:
-                self._count(operation, IdempotencyMismatch.default_code)
-                raise IdempotencyMismatch()
-            return first
-        task = self._begun(operation)
-        self._under_way[key] = digest, task
-        task.add_done_callback(lambda _: self._under_way.pop(key))
-        return task
-
-    def _begun(self, operation: Operation) -> asyncio.Task[Result]:
-        if len(self._tasks) >= self._limits.operations_in_flight_max:
-            self._count(operation, "billing_overloaded")
-            raise LedgerUnavailable(code="billing_overloaded", retry_after_s=1)
-        task = asyncio.create_task(self._apply(operation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _apply(self, operation: Operation) -> Result:
-        try:
-            async with asyncio.timeout(self._limits.operation_timeout_s):
-                queue = self._queues.setdefault(operation.wallet_id, asyncio.Lock())
-                async with queue:
-                    return await self._durably(operation)
-        except TimeoutError as e:
-            self._count(operation, LedgerUnavailable.default_code)
-            raise LedgerUnavailable(detail="operation_timeout_s is over", retry_after_s=1) from e
-        except TollgateError as e:
-            self._count(operation, e.code)
-            raise
-
-    async def _durably(self, operation: Operation) -> Result:
-        async def attempt(connection: Connection) -> _Transaction:
-            transaction = _Transaction(connection, operation, self._signup_credits)
-            await transaction.run()
-            return transaction
-
-        committed = await self._database.transaction(attempt)
-        if committed.book is not None:
-            self._count_credits(committed.book.rows)
-        if committed.refusal is not None:
-            raise committed.refusal
-        self._count(operation, "replayed" if committed.replayed else "applied")
-        return committed.result
-
-    def _count(self, operation: Operation, result: str) -> None:
-        self._metrics.operations.labels(operation.kind, result).inc()
-
-    def _count_credits(self, rows: Rows) -> None:
-        for usage in rows.usages:
-            self._metrics.credits_settled.labels(usage.hold.model, usage.build).inc(usage.cost / NANO_PER_CREDIT)
-
-
-class _Transaction:
-    """One attempt at one operation. After COMMIT it has a `result` or a `refusal`."""
-
-    def __init__(self, connection: Connection, operation: Operation, signup_credits: int) -> None:
-        self._connection = connection
-        self._operation = operation
-        self._signup_credits = signup_credits
-        self.result: Result = None
-        self.refusal: TollgateError | None = None
-        self.replayed = False
-        self.book: Book | None = None
-
-    async def run(self) -> None:
-        connection, operation = self._connection, self._operation
-        locked = await repository.lock_wallet(connection, operation.wallet_id)
-        is_new = False
-        if locked is None:
-            if not operation.opens_wallet:
-                raise HoldNotFound()
-            is_new = await repository.insert_wallet(connection, operation.wallet_id)
-            locked = await repository.lock_wallet(connection, operation.wallet_id)
-            assert locked is not None, "wallets are never removed"
-        if operation.remembered:
-            remembered = await repository.find_operation(connection, operation.tenant, operation.keys)
-            if remembered is not None:
-                self._recall(remembered)
-                return
-        book = await self._load(locked, is_new)
-        if is_new or isinstance(operation, OpenWallet):
-            await self._welcome(book)
-        await self._decide(book)
-        if book.touched or book.rows != Rows():
-            await repository.write(connection, book)
-        self.book = book
-
-    def _recall(self, remembered: Remembered) -> None:
-        """Raising ends the transaction: nothing has been written but, perhaps, the row of a wallet that stays away."""
-        if remembered.body_sha256 != self._operation.body_sha256():
-            raise IdempotencyMismatch()
-        if remembered.refusal is not None:
-            raise REFUSALS[remembered.refusal](**json.loads(remembered.result))
-        self.result = result_from_json(remembered.kind, remembered.result)
-        self.replayed = True
-
-    async def _load(self, locked: Locked, is_new: bool) -> Book:
-        operation = self._operation
-        now = await repository.clock(self._connection)
-        book = Book(
-            wallet_id=operation.wallet_id,
-            seq=locked.seq,
-            is_frozen=locked.is_frozen,
-            now=now,
-            booked_at=max(now, locked.updated_at),
-            op_id=uuid7(),
-            accounts={},
-        )
-        if is_new:
-            for kind in SYSTEM_KINDS:
-                book.add_account(Account(uuid7(), kind))
+        first = self._under_way.get(key)
+        if first is None:
+            self._add(Pending(operation, digest, 0), answer)
+            self._under_way[key] = self._queue[-1]
+        elif first.digest == digest:
+            first.waiters.append(answer)
         else:
-            await repository.load_accounts(self._connection, book)
-        hold_id = getattr(operation, "hold_id", None)
-        if hold_id is not None:
-            await repository.load_hold(self._connection, book, hold_id)
-        if isinstance(operation, PlaceHold):
-            classes = customer_classes(operation.wallet_id, operation.plan)
-            await repository.load_prices(self._connection, book, operation.model, classes)
-        return book
+            self._count(operation.kind, IdempotencyMismatch.default_code)
+            raise IdempotencyMismatch()
+        return answer
 
-    async def _welcome(self, book: Book) -> None:
-        """The sign-up grant, an operation of its own in this transaction: once a person, whatever wallets they open."""
-        person = getattr(self._operation, "user_id", None)
-        if person is None or self._signup_credits == 0:
-            return
-        signup = GrantCredits(
-            wallet_id=book.wallet_id,
-            account_id=uuid7(),
-            amount=self._signup_credits,
-            source=SIGNUP_SOURCE,
-            reason="Credits for a new account",
-            priority=GRANT_PRIORITY,
-            expires_at=None,
-            idempotency_tenant=person,
-            idempotency_key=f"signup:{person}",
-            author="service",
-        )
-        if await repository.find_operation(self._connection, signup.tenant, signup.keys) is not None:
-            return
-        await self._remember(book, signup, signup.key, kernel.decide(book, signup), None)
-        book.op_id = uuid7()
+    def _add(self, pending: Pending, answer: asyncio.Future[Result]) -> None:
+        if len(self._queue) >= self._limits.operations_in_flight_max:
+            self._count(pending.operation.kind, "billing_overloaded")
+            raise LedgerUnavailable(code="billing_overloaded", retry_after_s=1)
+        pending.deadline_s = time.monotonic() + self._limits.operation_timeout_s
+        pending.waiters.append(answer)
+        self._queue.append(pending)
+        self._wake.set()
 
-    async def _decide(self, book: Book) -> None:
-        operation = self._operation
-        key = kernel.memory_key(book, operation)
+    @property
+    def waiting(self) -> int:
+        """Operations that have no answer yet."""
+        return len(self._queue) + len(self._in_flight)
+
+    async def serve(self, connection: Connection, epoch: int, until: asyncio.Event) -> None:
+        """Apply what comes, until the event. Raises Fenced, or what broke the connection; nothing is lost then."""
+        self._memory = Memory(self._limits.wallets_in_memory_max)
+        self.accepts = True
+        stopping = asyncio.create_task(until.wait())
+        stopping.add_done_callback(lambda _: self._wake.set())
         try:
-            self.result = kernel.decide(book, operation)
-        except TollgateError as e:
-            self.refusal = e
-            if e.code not in REFUSALS:
-                return
-        if operation.remembered:
-            await self._remember(book, operation, key, self.result, self.refusal)
+            while not until.is_set():
+                await self._wake.wait()
+                self._wake.clear()
+                while self._queue and not until.is_set():
+                    await self._take(connection, epoch)
+        finally:
+            stopping.cancel()
 
-    async def _remember(
-        self, book: Book, operation: Operation, key: str, result: Result, refusal: TollgateError | None
-    ) -> None:
-        details = {} if refusal is None else {"param": refusal.param, "retry_after_s": refusal.retry_after_s}
-        await repository.insert_operation(
-            self._connection,
-            tenant=operation.tenant,
-            key=key,
-            op_id=book.op_id,
-            kind=operation.kind,
-            body_sha256=operation.body_sha256(),
-            refusal=None if refusal is None else refusal.code,
-            result=json.dumps(details) if refusal is not None else result_to_json(result),
-            actor=operation.actor,
-            at=book.now,
-        )
+    def release(self) -> None:
+        """Somebody else leads: whoever waits here has to go there."""
+        self.accepts = False
+        abandoned, self._queue = self._queue, []
+        for pending in abandoned:
+            self._fail(pending, NotLeading())
+
+    async def watch(self) -> None:
+        """Tell those who have waited too long, for ever. What is in flight may still be applied."""
+        while True:
+            await asyncio.sleep(self._limits.expiry_interval_s)
+            now = time.monotonic()
+            late = [p for p in (*self._in_flight, *self._queue) if p.deadline_s <= now and p.waiters]
+            for pending in late:
+                self._count(pending.operation.kind, LedgerUnavailable.default_code)
+                self._fail(pending, LedgerUnavailable(detail="operation_timeout_s is over", retry_after_s=1))
+            self._queue = [p for p in self._queue if p.waiters]
+
+    async def _take(self, connection: Connection, epoch: int) -> None:
+        size = self._limits.batch_operations_max
+        batch, self._queue = self._queue[:size], self._queue[size:]
+        self._in_flight = batch
+        failpoints.reached("batch_taken")
+        try:
+            await self._durably(connection, epoch, batch)
+        except BaseException:
+            self._queue = [p for p in batch if p.waiters] + self._queue
+            raise
+        finally:
+            self._in_flight = ()
+
+    async def _durably(self, connection: Connection, epoch: int, batch: Sequence[Pending]) -> None:
+        """All at once; if that cannot be written, each on its own."""
+        try:
+            await self._attempt(connection, epoch, batch, careful=False)
+            return
+        except _LOST:
+            raise
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is one operation's, and its own attempt will tell
+            log.warning("batch_divided", shard=self.shard, operations=len(batch), cause=type(e).__name__)
+            await connection.execute("ROLLBACK")
+        for pending in batch:
+            await self._alone(connection, epoch, pending)
+
+    async def _alone(self, connection: Connection, epoch: int, pending: Pending) -> None:
+        for attempt in range(1, self._limits.attempts_max + 1):
+            try:
+                await self._attempt(connection, epoch, [pending], careful=True)
+                return
+            except _LOST:
+                raise
+            except (asyncpg.UniqueViolationError, BookOutdated) as e:
+                # Another shard's transaction was first with this key: the next look finds it.
+                await connection.execute("ROLLBACK")
+                cause: Exception = e
+            except Exception as e:
+                await connection.execute("ROLLBACK")
+                log.exception("operation_failed", kind=pending.operation.kind, key=pending.operation.key)
+                cause = e
+                break
+            log.warning("operation_repeated", attempt=attempt, cause=type(cause).__name__)
+        self._count(pending.operation.kind, Internal.default_code)
+        self._fail(pending, Internal(detail=type(cause).__name__))
+
+    async def _attempt(self, connection: Connection, epoch: int, batch: Sequence[Pending], *, careful: bool) -> None:
+        attempt = Batch(connection, self._memory, batch, signup_credits=self._signup_credits, careful=careful)
+        journal = await attempt.run(self.shard, epoch)
+        self._answer(batch)
+        self._measure(batch, journal)
+        failpoints.reached("batch_answered")
+
+    def _answer(self, batch: Sequence[Pending]) -> None:
+        for pending in batch:
+            if pending.error is not None:
+                self._fail(pending, pending.error)
+                continue
+            self._done(pending)
+            for waiter in pending.waiters:
+                if not waiter.done():
+                    waiter.set_result(pending.result)
+            pending.waiters.clear()
+
+    def _fail(self, pending: Pending, error: TollgateError) -> None:
+        self._done(pending)
+        for waiter in pending.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+                waiter.exception()  # whoever waited may be gone: that is no fault
+        pending.waiters.clear()
+
+    def _done(self, pending: Pending) -> None:
+        operation = pending.operation
+        if operation.remembered and self._under_way.get((operation.tenant, operation.key)) is pending:
+            del self._under_way[operation.tenant, operation.key]
+
+    def _count(self, kind: str, result: str, times: int = 1) -> None:
+        self._metrics.operations.labels(kind, result).inc(times)
+
+    def _measure(self, batch: Sequence[Pending], journal: Journal) -> None:
+        for (kind, outcome), times in Counter((p.operation.kind, p.outcome) for p in batch).items():
+            self._count(kind, outcome, times)
+        settled: Counter[tuple[str, str]] = Counter()
+        for usage in journal.rows.usages:
+            settled[usage.model, usage.build] += usage.cost
+        for (model, build), cost in settled.items():
+            self._metrics.credits_settled.labels(model, build).inc(cost / NANO_PER_CREDIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -17,22 +18,30 @@ class Totals:
     frozen_wallets: int
 
 
-async def expired_holds(database: Database, limit: int) -> list[tuple[UUID, UUID]]:
-    """(wallet, hold), the longest expired first."""
+# As `leadership.shard_of`.
+_SHARD_OF = "get_byte(uuid_send(wallet_id), 15) % $2 = ANY($3)"
+
+
+async def expired_holds(database: Database, limit: int, shards: int, led: Sequence[int]) -> list[tuple[UUID, UUID]]:
+    """(wallet, hold) of wallets in the shards that are led here, the longest expired first."""
     rows = await database.fetch(
-        """SELECT wallet_id, hold_id FROM billing.open_hold
-        WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT $1""",
+        f"""SELECT wallet_id, hold_id FROM billing.open_hold
+        WHERE expires_at <= clock_timestamp() AND {_SHARD_OF} ORDER BY expires_at LIMIT $1""",  # noqa: S608 - a constant
         limit,
+        shards,
+        list(led),
     )
     return [(row[0], row[1]) for row in rows]
 
 
-async def expired_grants(database: Database, limit: int) -> list[tuple[UUID, UUID]]:
-    """(wallet, grant's account), the longest expired first."""
+async def expired_grants(database: Database, limit: int, shards: int, led: Sequence[int]) -> list[tuple[UUID, UUID]]:
+    """(wallet, grant's account) of wallets in the shards that are led here, the longest expired first."""
     rows = await database.fetch(
-        """SELECT wallet_id, account_id FROM billing.expiring_grant
-        WHERE expires_at <= clock_timestamp() ORDER BY expires_at LIMIT $1""",
+        f"""SELECT wallet_id, account_id FROM billing.expiring_grant
+        WHERE expires_at <= clock_timestamp() AND {_SHARD_OF} ORDER BY expires_at LIMIT $1""",  # noqa: S608 - a constant
         limit,
+        shards,
+        list(led),
     )
     return [(row[0], row[1]) for row in rows]
 

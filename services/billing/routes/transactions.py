@@ -15,7 +15,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from services.billing.ledger.book import TransferCode
+from services.billing.ledger.rows import TransferCode
 from services.billing.repository.history import TransactionFilter, TransactionRow
 from services.billing.routes.dependencies import HistoryService, OwnWallet
 from services.billing.routes.fields import PAGE_DEFAULT, Model, PageSize, Timestamp

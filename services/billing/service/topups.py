@@ -26,8 +26,8 @@ from services.billing.errors import (
     ReferenceUsed,
     TopUpNotFound,
 )
-from services.billing.ledger.operations import GrantCredits, OpenWallet
-from services.billing.ledger.writer import GRANT_PRIORITY, Ledger
+from services.billing.ledger.operations import GRANT_PRIORITY, GrantCredits, OpenWallet
+from services.billing.ledger.writer import Ledger
 from services.billing.payments.port import Order, PaymentProvider, PaymentReport, PaymentState
 from services.billing.repository import topups as repository
 from services.billing.repository.database import Connection, Database

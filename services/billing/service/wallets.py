@@ -7,9 +7,9 @@ from uuid import UUID
 
 from services.billing.domain import WalletView
 from services.billing.errors import WalletNotFound
-from services.billing.ledger.operations import Charge, Freeze, GrantCredits, OpenWallet, Refund
+from services.billing.ledger.operations import GRANT_PRIORITY, Charge, Freeze, GrantCredits, OpenWallet, Refund
 from services.billing.ledger.results import Charged, Frozen, Granted, Refunded
-from services.billing.ledger.writer import GRANT_PRIORITY, Ledger
+from services.billing.ledger.writer import Ledger
 from services.billing.repository import history
 from services.billing.repository import wallets as repository
 from services.billing.repository.database import Database

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     ForeignKey,
     Identity,
     Index,
@@ -42,6 +43,8 @@ wallet = Table(
     at("frozen_at", nullable=True),
     at("created_at"),
     at("updated_at"),
+    # Grows with every change, by whoever, of what a writer has in memory of it: its budgets, whether it is frozen.
+    Column("version", BigInteger, nullable=False, server_default=text("0")),
     CheckConstraint("seq >= 0", name="seq"),
     Index(None, "frozen_at", postgresql_where=text("frozen_at IS NOT NULL")),
     postgresql_with={"fillfactor": HOT_FILLFACTOR},
@@ -114,10 +117,10 @@ transfer = Table(
     tables,
     Column("id", Uuid, primary_key=True),
     Column("op_id", Uuid, nullable=False),
-    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("wallet_id", Uuid, nullable=False),
     Column("wallet_seq", BigInteger, nullable=False),
-    Column("debit_account", Uuid, ForeignKey("billing.account.id"), nullable=False),
-    Column("credit_account", Uuid, ForeignKey("billing.account.id"), nullable=False),
+    Column("debit_account", Uuid, nullable=False),
+    Column("credit_account", Uuid, nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("code", Text, nullable=False),
     Column("hold_id", Uuid),
@@ -127,7 +130,9 @@ transfer = Table(
     CheckConstraint("amount > 0", name="amount"),
     CheckConstraint("debit_account <> credit_account", name="two_accounts"),
     CheckConstraint("balance_after >= 0", name="balance_after"),
-    CheckConstraint("code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry')", name="code"),
+    CheckConstraint(
+        "code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry', 'charge', 'refund')", name="code"
+    ),
     Index(None, "booked_at", postgresql_using="brin"),
     Index(None, "hold_id", postgresql_where=text("hold_id IS NOT NULL")),
     postgresql_partition_by="RANGE (id)",
@@ -169,12 +174,12 @@ hold = Table(
     "hold",
     tables,
     Column("id", Uuid, primary_key=True),
-    Column("wallet_id", Uuid, ForeignKey("billing.wallet.id"), nullable=False),
+    Column("wallet_id", Uuid, nullable=False),
     Column("user_id", Uuid),
     Column("key_id", Uuid),
     Column("plan", Text, nullable=False),
     Column("model", Text, nullable=False),
-    Column("price_id", Uuid, ForeignKey("billing.price.id"), nullable=False),
+    Column("price_id", Uuid, nullable=False),
     Column("input_tokens", BigInteger, nullable=False),
     Column("cached_input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
@@ -187,9 +192,9 @@ hold = Table(
 hold_slice = Table(
     "hold_slice",
     tables,
-    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("hold_id", Uuid, primary_key=True),
     Column("position", Integer, primary_key=True),
-    Column("account_id", Uuid, ForeignKey("billing.account.id"), nullable=False),
+    Column("account_id", Uuid, nullable=False),
     Column("amount", BigInteger, nullable=False),
     CheckConstraint("amount > 0", name="amount"),
     UniqueConstraint("hold_id", "account_id"),
@@ -198,7 +203,7 @@ hold_slice = Table(
 open_hold = Table(
     "open_hold",
     tables,
-    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("hold_id", Uuid, primary_key=True),
     Column("wallet_id", Uuid, nullable=False),
     at("expires_at"),
     Column("input_tokens", BigInteger, nullable=False),
@@ -211,7 +216,7 @@ open_hold = Table(
 hold_resolution = Table(
     "hold_resolution",
     tables,
-    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("hold_id", Uuid, primary_key=True),
     Column("op_id", Uuid, nullable=False),
     Column("kind", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),
@@ -223,7 +228,7 @@ hold_resolution = Table(
 usage = Table(
     "usage",
     tables,
-    Column("hold_id", Uuid, ForeignKey("billing.hold.id"), primary_key=True),
+    Column("hold_id", Uuid, primary_key=True),
     Column("part", SmallInteger, primary_key=True),
     Column("op_id", Uuid, nullable=False),
     Column("wallet_id", Uuid, nullable=False),
@@ -231,7 +236,7 @@ usage = Table(
     Column("key_id", Uuid),
     Column("model", Text, nullable=False),
     Column("build", Text, nullable=False),
-    Column("price_id", Uuid, ForeignKey("billing.price.id"), nullable=False),
+    Column("price_id", Uuid, nullable=False),
     Column("input_tokens", BigInteger, nullable=False),
     Column("cached_input_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
@@ -249,14 +254,63 @@ usage = Table(
     postgresql_partition_by="RANGE (hold_id)",
 )
 
+# The sums of usage, kept in the transaction that writes it. Without a key: a person's own requests.
+usage_day = Table(
+    "usage_day",
+    tables,
+    Column("wallet_id", Uuid, nullable=False),
+    Column("day", Date, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("key_id", Uuid),
+    Column("user_id", Uuid),
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cost", BigInteger, nullable=False),
+    UniqueConstraint(
+        *("wallet_id", "day", "model", "key_id", "user_id"),
+        name="uq_usage_day_wallet_id_day_model_key_id_user_id",
+        postgresql_nulls_not_distinct=True,
+    ),
+    CheckConstraint(
+        "requests >= 0 AND input_tokens >= 0 AND cached_input_tokens >= 0 AND output_tokens >= 0 AND cost >= 0",
+        name="figures",
+    ),
+    postgresql_with={"fillfactor": HOT_FILLFACTOR},
+)
+
+# Who leads which wallets. An epoch is raised by each new leader, and looked at by each transaction.
+shard = Table(
+    "shard",
+    tables,
+    Column("id", SmallInteger, primary_key=True, autoincrement=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("leader", Text, nullable=False),
+    at("updated_at"),
+    CheckConstraint("id BETWEEN 0 AND 255", name="id"),
+)
+
+# One row; a trigger raises it with every change of a price, so that writers know when to look again.
+price_generation = Table(
+    "price_generation",
+    tables,
+    Column("id", SmallInteger, primary_key=True, autoincrement=False),
+    Column("generation", BigInteger, nullable=False),
+    CheckConstraint("id = 1", name="id"),
+)
+
 # What is written once. `migrate` gives no right to change these; triggers refuse even their owner.
 APPEND_ONLY = ("credit_grant", "op", "transfer", "tariff", "hold", "hold_slice", "hold_resolution", "usage")
 
 SERVICE_GRANTS = {
     **dict.fromkeys(APPEND_ONLY, "SELECT, INSERT"),
-    "wallet": "SELECT, INSERT, UPDATE (seq, frozen_at, updated_at)",
+    "wallet": "SELECT, INSERT, UPDATE (seq, frozen_at, updated_at, version)",
     "account": "SELECT, INSERT, UPDATE (debits_posted, credits_posted, debits_pending, credits_pending)",
     "open_hold": "SELECT, INSERT, DELETE, UPDATE (expires_at, input_tokens, cached_input_tokens, output_tokens)",
     "expiring_grant": "SELECT, INSERT, DELETE",
+    "usage_day": "SELECT, INSERT, UPDATE (requests, input_tokens, cached_input_tokens, output_tokens, cost)",
+    "shard": "SELECT, INSERT, UPDATE, DELETE",
+    "price_generation": "SELECT",
     "price": "SELECT, INSERT, UPDATE (validity)",
 }

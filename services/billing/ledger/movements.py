@@ -1,0 +1,134 @@
+"""Credits in and out of a wallet without a hold: pure, like the kernel, of which this is a part."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from services.billing.domain import INT8_MAX
+from services.billing.errors import (
+    AmountTooLarge,
+    CreditsReserved,
+    ExpiryInPast,
+    InsufficientCredits,
+    NothingToRefund,
+    RefundTooLarge,
+    WalletFrozen,
+)
+from services.billing.ledger.book import Account, Book, Draw, Journal
+from services.billing.ledger.operations import GRANT_PRIORITY, Charge, ExpireGrant, GrantCredits, Refund
+from services.billing.ledger.results import Charged, Granted, GrantExpired, Refunded
+
+CREDITS_RESERVED_RETRY_S = 2
+REFUND_SOURCE = "refund"
+
+
+def grant(journal: Journal, book: Book, op: GrantCredits) -> Granted:
+    """New credits; they pay what is owed first. Raises AmountTooLarge, ExpiryInPast."""
+    funding = book.accounts["funding"]
+    if not 0 < op.amount <= INT8_MAX - funding.debits_posted:
+        raise AmountTooLarge()
+    if op.expires_at is not None and op.expires_at <= journal.now:
+        raise ExpiryInPast(param="expires_at")
+    made = book.add_grant(
+        journal,
+        op.account_id,
+        priority=op.priority,
+        expires_at=op.expires_at,
+        source=op.source,
+        reason=op.reason,
+    )
+    book.post(journal, funding, made.account, op.amount, "grant")
+    tidy(journal, book)
+    return Granted(op.account_id, op.amount, book.available(journal.now), book.owed)
+
+
+def expire_grant(journal: Journal, book: Book, op: ExpireGrant) -> GrantExpired:
+    """What is left of it and not held goes to breakage."""
+    found = book.grants.get(op.account_id)
+    amount = found.account.free if found is not None and found.is_expired(journal.now) else 0
+    journal.rows.expired_grants.append(op.account_id)
+    tidy(journal, book)
+    return GrantExpired(amount)
+
+
+def charge(journal: Journal, book: Book, op: Charge) -> Charged:
+    """Take the amount, whole, in the order in which grants are drawn. Raises the refusals of a hold."""
+    if book.is_frozen:
+        raise WalletFrozen()
+    revenue, now = book.accounts["revenue"], journal.now
+    if not 0 < op.amount <= INT8_MAX - revenue.credits_posted:
+        raise AmountTooLarge()
+    if book.owed > 0 or op.amount > book.reachable(now):
+        raise InsufficientCredits()
+    if op.amount > book.available(now):
+        raise CreditsReserved(retry_after_s=CREDITS_RESERVED_RETRY_S)
+    for part in book.draw(op.amount, now):
+        account = book.grants[part.account_id].account
+        book.post(journal, account, revenue, part.amount, "charge", hold_id=op.charge_id)
+    return Charged(op.charge_id, op.amount, book.available(now))
+
+
+def refund(journal: Journal, book: Book, op: Refund) -> Refunded:
+    """Unwind draws, the last one first. Raises NothingToRefund, RefundTooLarge.
+
+    `book.draws` has the source's transfers, and `book.grants` the grants that they name, spent ones included.
+    """
+    draws = book.draws.get(op.source_id, [])
+    before = sum(draw.amount for draw in draws if draw.code == "refund")
+    refundable = sum(draw.amount for draw in draws if draw.code != "refund") - before
+    if refundable == 0:
+        raise NothingToRefund()
+    amount = refundable if op.amount is None else op.amount
+    if not 0 < amount <= refundable:
+        raise RefundTooLarge()
+    revenue = book.accounts["revenue"]
+    fresh = 0
+    for account_id, part in _unwound([draw for draw in draws if draw.code != "refund"], before, amount):
+        account, forgiven = _account(book, account_id), part
+        if account.kind == "receivable":
+            forgiven = min(part, book.owed)
+            fresh += part - forgiven
+        if forgiven > 0:
+            book.post(journal, revenue, account, forgiven, "refund", hold_id=op.source_id)
+    if fresh > 0:
+        made = book.add_grant(
+            journal,
+            op.account_id,
+            priority=GRANT_PRIORITY,
+            expires_at=None,
+            source=REFUND_SOURCE,
+            reason=op.reason,
+        )
+        book.post(journal, revenue, made.account, fresh, "refund", hold_id=op.source_id)
+    tidy(journal, book)
+    return Refunded(amount, refundable - amount, book.owed, book.available(journal.now))
+
+
+def tidy(journal: Journal, book: Book) -> None:
+    """Free credits of expired grants go to breakage; other free credits pay what is owed."""
+    for grant in book.order:
+        if grant.expires_at is not None and grant.expires_at <= journal.now and grant.account.free > 0:
+            breakage = book.accounts["breakage"]
+            book.post(journal, grant.account, breakage, grant.account.free, "expiry", effective_at=grant.expires_at)
+    if book.owed > 0:
+        for part in book.draw(book.owed, journal.now):
+            account, receivable = book.grants[part.account_id].account, book.accounts["receivable"]
+            book.post(journal, account, receivable, part.amount, "repayment")
+
+
+def _unwound(draws: list[Draw], skipped: int, amount: int) -> list[tuple[UUID, int]]:
+    """From whom to take back `amount`, from the last draw on, after `skipped` that was taken back before."""
+    parts = []
+    for draw in reversed(draws):
+        passed = min(draw.amount, skipped)
+        skipped -= passed
+        part = min(draw.amount - passed, amount)
+        amount -= part
+        if part > 0:
+            parts.append((draw.account_id, part))
+    return parts
+
+
+def _account(book: Book, account_id: UUID) -> Account:
+    receivable = book.accounts["receivable"]
+    return receivable if account_id == receivable.id else book.grants[account_id].account

@@ -3,6 +3,7 @@
 #   PYTHON=python3.12        the Python that builds the environments (any from 3.11 on)
 #   TOLLGATE_PORT=8090       the gateway's port
 #   TOLLGATE_STATE=/path     the state directory (default .tollgate); another one is another stack
+#   TOLLGATE_MODEL_REPOSITORY=/path   the models (default triton_models), with a prices.toml of its own if it likes
 #
 # TOLLGATE_* are read from the environment too, and from a file .env (see .env.example).
 
@@ -71,7 +72,7 @@ lock: ## Compile requirements/*.in and Unleash's package.json into locks with ha
 stubs: ## Generate the gRPC stubs from shared/rpc/*.proto
 	$(BIN)/python -m deploy.checks.stubs --write
 
-bench-serving: ## Tokens per second: bare engine, Triton, the whole path (a stack of its own)
+bench-serving: ## Two models: bare engine, its own HTTP server, Triton, the whole path (a stack of its own)
 bench-ledger: ## The ledger's operations a second beside pgbench, CPU, cost by size (a PostgreSQL of its own)
 bench-%: environments
 	$(BIN)/python -m bench.$*

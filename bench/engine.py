@@ -2,8 +2,9 @@
 
     .venv-triton/bin/python bench/engine.py <model.gguf> <slots> <context tokens> < jobs
 
-Reads {"bodies": [...], "concurrency": n} lines from standard input; answers each with one JSON line of results
-{"ttft_s", "duration_s", "output_tokens"} per body and the wall time of the whole round.
+Prints the address of llama.cpp's own HTTP server, which the same engine serves. Then reads {"bodies": [...],
+"concurrency": n} lines from standard input and answers each with one JSON line of results {"ttft_s", "duration_s",
+"output_tokens"} per body and the wall time of the whole round.
 """
 
 import json
@@ -13,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xllamacpp
+
+HTTP_THREADS = 24
 
 
 def start(path: str, slots: int, context_tokens: int) -> Any:
@@ -24,10 +27,13 @@ def start(path: str, slots: int, context_tokens: int) -> Any:
     parameters.cpuparams.n_threads = 1
     parameters.cpuparams_batch.n_threads = 1
     parameters.n_batch = parameters.n_ubatch = 64
-    parameters.cache_ram_mib = 64
+    parameters.cache_ram_mib = 0
+    parameters.fit_params = False
     parameters.warmup = False
     parameters.verbosity = -1
+    parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
+    parameters.n_threads_http = HTTP_THREADS
     parameters.ui = False
     return xllamacpp.Server(parameters)
 
@@ -53,16 +59,21 @@ def generate(server: Any, body: dict[str, Any]) -> dict[str, float]:
     return {"ttft_s": first, "duration_s": time.perf_counter() - started, "output_tokens": tokens}
 
 
+def say(line: object) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     path, slots, context_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     server = start(path, slots, context_tokens)
+    say({"address": server.listening_address})
     for line in sys.stdin:
         job = json.loads(line)
         started = time.perf_counter()
         with ThreadPoolExecutor(job["concurrency"]) as pool:
             results = list(pool.map(lambda body: generate(server, body), job["bodies"]))
-        sys.stdout.write(json.dumps({"results": results, "wall_s": time.perf_counter() - started}) + "\n")
-        sys.stdout.flush()
+        say({"results": results, "wall_s": time.perf_counter() - started})
 
 
 if __name__ == "__main__":

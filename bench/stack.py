@@ -17,13 +17,16 @@ START_TIMEOUT_S = 600
 
 
 @contextmanager
-def running() -> Iterator[dict[str, str]]:
-    """`make up` in a place of its own; yields the contents of its dev.env. Raises CalledProcessError if it fails."""
+def running(**variables: str) -> Iterator[dict[str, str]]:
+    """`make up` in a place of its own; yields the contents of its dev.env, with its TOLLGATE_STATE.
+
+    `variables` are further settings of the launcher. Raises CalledProcessError if it fails.
+    """
     state = tempfile.mkdtemp(prefix="tollgate-bench-")
-    environment = {**os.environ, "TOLLGATE_STATE": state, "TOLLGATE_PORT": str(free_port())}
+    environment = {**os.environ, "TOLLGATE_STATE": state, "TOLLGATE_PORT": str(free_port()), **variables}
     try:
         _make("up", environment)
-        yield read(Path(state) / "dev.env")
+        yield {**read(Path(state) / "dev.env"), "TOLLGATE_STATE": state}
     finally:
         _make("down", environment)
         shutil.rmtree(state, ignore_errors=True)

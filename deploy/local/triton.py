@@ -79,7 +79,7 @@ class Triton:
 
     @property
     def repository(self) -> Path:
-        return self.layout.root / "triton_models"
+        return self.layout.models
 
     def program(self) -> Program:
         """The server without a model: the inference service loads what the catalogue lists."""

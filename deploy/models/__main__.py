@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.local.state import layout_from
 from deploy.models.activation import RunningStack
 from deploy.models.conversion import Environment, to_gguf
 from deploy.models.errors import ModelError
@@ -45,8 +46,8 @@ def report(line: str) -> None:
 class Place:
     """Where the model goes: a model repository and a price list."""
 
-    repository: Path = ROOT / "triton_models"
-    prices: Path = ROOT / "deploy" / "local" / "prices.toml"
+    repository: Path
+    prices: Path
 
 
 def add(options: argparse.Namespace, place: Place, stack: RunningStack | None) -> str:
@@ -219,7 +220,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     try:
-        name = add(options, Place(), RunningStack.find(ROOT, os.environ))
+        layout = layout_from(ROOT, os.environ)
+        name = add(options, Place(layout.models, layout.prices), RunningStack.find(ROOT, os.environ))
     except ModelError as error:
         print(f"\n{error}\nNothing was changed.", file=sys.stderr)
         return 1

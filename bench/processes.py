@@ -1,0 +1,81 @@
+"""CPU time of the processes behind a path, user and system, while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from deploy.local import processes
+from deploy.local.state import Layout
+from deploy.local.triton import SERVER, STUB
+
+SERVICES = ("gateway", "chat", "inference", "billing", "auth")
+Look = Callable[[], dict[str, float]]
+
+
+class Cpu:
+    """`seconds` by the name of the program, after the block; what took none is left out."""
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._before: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    @staticmethod
+    def of(pid: int) -> Cpu:
+        """One process, called the engine."""
+        return Cpu(lambda: {"engine": _seconds(pid)})
+
+    @staticmethod
+    def of_stack(state: Path) -> Cpu:
+        """Every process of a stack."""
+        stack_id = Layout(root=Path(), state=state.resolve()).stack_id
+        return Cpu(lambda: _by_program(stack_id))
+
+    def __enter__(self) -> Cpu:
+        self._before = self._look()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        spent = {name: total - self._before.get(name, 0.0) for name, total in self._look().items()}
+        self.seconds = {name: seconds for name, seconds in sorted(spent.items()) if seconds > 0}
+
+
+def _by_program(stack_id: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for pid in processes.of_stack(stack_id):
+        try:
+            name = _program(psutil.Process(pid))
+        except psutil.Error:
+            continue
+        found[name] = found.get(name, 0.0) + _seconds(pid)
+    return found
+
+
+def _program(process: psutil.Process) -> str:
+    name = processes.executable(process.pid)
+    if name == STUB:
+        return "backend"
+    if name == SERVER:
+        return "triton"
+    words = process.cmdline()
+    for service in SERVICES:
+        if f"services.{service}" in words:
+            return service
+    for component in ("postgres", "valkey"):
+        if component in name:
+            return component
+    return "others"
+
+
+def _seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

@@ -103,6 +103,9 @@ async def test_log_probabilities_have_openais_members_only(chat: Chat) -> None:
         if c["choices"][0]["logprobs"]
     ]
     assert streamed == body["choices"][0]["logprobs"]
+    [bare] = (await chat.complete(logprobs=True)).json()["choices"]
+    assert bare["logprobs"]["content"] == [{**shown, "top_logprobs": []}]
+    assert chat.engine.generated[-1]["top_logprobs"] == 1
 
 
 async def test_a_document_is_asked_of_the_engine_and_checked(chat: Chat) -> None:

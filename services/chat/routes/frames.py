@@ -54,6 +54,7 @@ class ChatShape:
     model: str
     choices: int = 1
     include_usage: bool = False
+    top_logprobs: int = 0
     metadata: Mapping[str, str] | None = None
     build: str = ""
     tier: str = "default"
@@ -68,7 +69,7 @@ class ChatShape:
         fields = {k: v for k, v in event.fields.items() if k != "role" and v is not None}
         if not fields and event.logprobs is None:
             return b""
-        return self._chunk(event.index, fields, logprobs=logprobs(event.logprobs))
+        return self._chunk(event.index, fields, logprobs=logprobs(event.logprobs, self.top_logprobs))
 
     def finish(self, event: Finished) -> bytes:
         """Without include_usage the last choice's end waits for the receipt."""
@@ -96,7 +97,7 @@ class ChatShape:
         if self.metadata is not None:
             data["metadata"] = self.metadata
         data |= {
-            "choices": [choice_wire(i, c) for i, c in enumerate(choices)],
+            "choices": [choice_wire(i, c, self.top_logprobs) for i, c in enumerate(choices)],
             "usage": usage(event.usage),
             "tollgate": receipt(event),
         }
@@ -129,12 +130,12 @@ class ChatShape:
         }
 
 
-def choice_wire(index: int, choice: Choice) -> dict[str, Any]:
+def choice_wire(index: int, choice: Choice, top_logprobs: int) -> dict[str, Any]:
     """A choice as it stands in a completion."""
     return {
         "index": index,
         "message": {**choice.message, "refusal": None},
-        "logprobs": logprobs(choice.logprobs),
+        "logprobs": logprobs(choice.logprobs, top_logprobs),
         "finish_reason": choice.reason,
     }
 
@@ -147,18 +148,21 @@ def event_bytes(data: Fields) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-def logprobs(found: Fields | None) -> dict[str, Any] | None:
-    """OpenAI's members of it; engines add their own."""
+def logprobs(found: Fields | None, top: int) -> dict[str, Any] | None:
+    """OpenAI's members of it, with so many alternatives to each token; engines add more."""
     if found is None:
         return None
-    return {"content": [_logprob(t) for t in found.get("content") or ()], "refusal": None}
+    return {"content": [_logprob(t, top) for t in found.get("content") or ()], "refusal": None}
 
 
-def _logprob(token: Fields) -> dict[str, Any]:
-    kept = {name: token[name] for name in ("token", "logprob", "bytes") if name in token}
-    if "top_logprobs" in token:
-        kept["top_logprobs"] = [_logprob(t) for t in token["top_logprobs"]]
+def _logprob(token: Fields, top: int) -> dict[str, Any]:
+    kept = _token(token)
+    kept["top_logprobs"] = [_token(t) for t in token.get("top_logprobs", ())[:top]]
     return kept
+
+
+def _token(token: Fields) -> dict[str, Any]:
+    return {name: token[name] for name in ("token", "logprob", "bytes") if name in token}
 
 
 def usage(used: Usage) -> dict[str, Any]:

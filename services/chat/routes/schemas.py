@@ -216,7 +216,7 @@ class ChatCompletionBody(Sampling):
     def sampling(self) -> dict[str, Any]:
         fields = super().sampling()
         if self.logprobs:
-            fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+            fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 1}  # for 0 an engine gives none at all
         return fields
 
     def check(self, limits: Limits) -> None:
@@ -234,7 +234,11 @@ class ChatCompletionBody(Sampling):
 
 def parse(content: bytes, limits: Limits) -> ChatRequest:
     """The body as a request. Raises InvalidRequest that names the field, as `param`, and never echoes a value."""
-    body = read(content, ChatCompletionBody)
+    return as_request(read(content, ChatCompletionBody), limits)
+
+
+def as_request(body: ChatCompletionBody, limits: Limits) -> ChatRequest:
+    """A body that was read. Raises InvalidRequest."""
     body.check(limits)
     messages = tuple(m.message(f"messages[{i}]") for i, m in enumerate(body.messages))
     check_sizes(messages, limits)

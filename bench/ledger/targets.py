@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,11 +13,14 @@ from prometheus_client import CollectorRegistry
 
 from bench.ledger.load import Pair
 from bench.ledger.server import MODEL, TERMS, identity_ring
+from services.billing.clients import GrpcPeers
 from services.billing.domain import DEFAULT_CLASS, Price, Usage
 from services.billing.ledger import kernel
-from services.billing.ledger.book import SYSTEM_KINDS, Account, Book, Rows
+from services.billing.ledger.batch import Ids
+from services.billing.ledger.book import Book, Journal
 from services.billing.ledger.operations import GrantCredits, PlaceHold, Settle
-from services.billing.ledger.writer import Writer, WriterLimits
+from services.billing.ledger.shards import ShardLimits, Shards
+from services.billing.ledger.writer import WriterLimits
 from services.billing.repository.database import Database, DatabaseLimits
 from shared import metering
 from shared.grpc import Caller
@@ -34,10 +38,12 @@ KERNEL_ROUND = 100
 
 def kernel_pairs_per_s(seconds: float) -> float:
     """Holds and settlements of the kernel on a book in memory: pairs a second on one core."""
-    now = datetime.now(UTC)
-    book = Book(uuid7(), 0, False, now, now, uuid7(), {kind: Account(uuid7(), kind) for kind in SYSTEM_KINDS})
-    book.prices[MODEL, DEFAULT_CLASS] = Price(uuid7(), MODEL, DEFAULT_CLASS, TERMS, now)
+    prices = {(MODEL, DEFAULT_CLASS): [Price(uuid7(), MODEL, DEFAULT_CLASS, TERMS, datetime.now(UTC))]}
+    ids = Ids()
+    journal, book = Journal(datetime.now(UTC), ids, prices, ids()), Book(uuid7())
+    book.open(journal)
     kernel.decide(
+        journal,
         book,
         GrantCredits(
             book.wallet_id, book.wallet_id, "bench", "bench", uuid7(), GRANT_NANO, "manual", "bench", 100, None
@@ -46,12 +52,12 @@ def kernel_pairs_per_s(seconds: float) -> float:
     user, pairs = uuid7(), 0
     began_s = time.perf_counter()
     while time.perf_counter() - began_s < seconds:
-        book.rows, book.touched = Rows(), {}
-        book.holds.clear()
+        journal = Journal(datetime.now(UTC), ids, prices, ids())
         for _ in range(KERNEL_ROUND):
             hold = place(book.wallet_id, user)
-            kernel.decide(book, hold)
-            kernel.decide(book, settlement(hold))
+            kernel.decide(journal, book, hold)
+            kernel.decide(journal, book, settlement(hold))
+        book.written(journal.rows.closed)
         pairs += KERNEL_ROUND
     return pairs / (time.perf_counter() - began_s)
 
@@ -80,8 +86,19 @@ def settlement(hold: PlaceHold) -> Settle:
 async def writer(url: str, in_flight_max: int) -> AsyncIterator[Pair]:
     """The writer in this process."""
     limits = WriterLimits(operation_timeout_s=PATIENCE_S, operations_in_flight_max=in_flight_max)
+    peers = GrpcPeers(identity_ring(), timeout_s=PATIENCE_S)
     async with Database(url, DatabaseLimits(acquire_timeout_s=PATIENCE_S)) as database:
-        ledger = Writer(database, signup_credits=0, metrics=BillingMetrics(CollectorRegistry()), limits=limits)
+        ledger = Shards(
+            database,
+            url,
+            peers,
+            address="bench",
+            signup_credits=0,
+            metrics=BillingMetrics(CollectorRegistry()),
+            limits=ShardLimits(),
+            writer_limits=limits,
+        )
+        leading = asyncio.create_task(ledger.run())
         user = uuid7()
 
         async def pair(wallet_id: UUID) -> None:
@@ -92,7 +109,8 @@ async def writer(url: str, in_flight_max: int) -> AsyncIterator[Pair]:
         try:
             yield pair
         finally:
-            await ledger.close()
+            leading.cancel()
+            await asyncio.wait([leading])
 
 
 @asynccontextmanager

@@ -143,6 +143,11 @@ class UnsafeDestination(InvalidRequest):
     default_message = "A webhook goes to a public address by https, without user, password or fragment."
 
 
+class InvoiceNotFound(NotFound):
+    default_code = "invoice_not_found"
+    default_message = "There is no invoice of that month: it is not over, or was before the wallet."
+
+
 class InvalidSignature(InvalidRequest):
     default_code = "invalid_signature"
     default_message = "The signature does not match this body, or is too old."

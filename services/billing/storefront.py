@@ -15,15 +15,15 @@ from services.billing.payments.manual import ManualPayments
 from services.billing.payments.port import PaymentProvider
 from services.billing.payments.stripe import StripeAccount, StripePayments
 from services.billing.repository.database import Database
-from services.billing.routes import admin, budgets, prices, topups, transactions, usage, wallet, webhooks
-from services.billing.service import Alerts, Budgets, History, Prices, TopUps, TopUpTerms, Wallets, Webhooks
+from services.billing.routes import admin, budgets, invoices, prices, topups, transactions, usage, wallet, webhooks
+from services.billing.service import Alerts, Budgets, History, Invoices, Prices, TopUps, TopUpTerms, Wallets, Webhooks
 from services.billing.service.deliveries import Deliveries, DeliveryLimits
 from services.billing.storefront_settings import StorefrontSettings
 from services.billing.webhooks.sender import WebhookSender
 from services.billing.webhooks.signature import SecretRing
 from shared.clock import SystemClock
 
-NOUNS = (wallet, transactions, usage, topups, budgets, webhooks, prices, admin)
+NOUNS = (wallet, transactions, usage, invoices, topups, budgets, webhooks, prices, admin)
 
 Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
@@ -36,6 +36,7 @@ def open_storefront(
     app.state.history = History(database, exports_max=settings.billing_exports_max)
     app.state.budgets = Budgets(database, ledger)
     app.state.prices = Prices(database)
+    app.state.invoices = Invoices(database, SystemClock())
 
     providers = _providers(settings)
     for provider in providers.values():

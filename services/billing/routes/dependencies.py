@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import Depends, Header, Request
 
 from services.billing.errors import IdempotencyKeyRequired
-from services.billing.service import Alerts, Author, Budgets, History, Prices, TopUps, Wallets, Webhooks
+from services.billing.service import Alerts, Author, Budgets, History, Invoices, Prices, TopUps, Wallets, Webhooks
 from shared.errors import PermissionDenied
 from shared.identity import Identity
 from shared.web import Caller
@@ -49,6 +49,11 @@ async def webhooks(request: Request) -> Webhooks:
 
 async def alerts(request: Request) -> Alerts:
     found: Alerts = request.app.state.alerts
+    return found
+
+
+async def invoices(request: Request) -> Invoices:
+    found: Invoices = request.app.state.invoices
     return found
 
 
@@ -127,6 +132,7 @@ BudgetService = Annotated[Budgets, Depends(budgets)]
 TopUpService = Annotated[TopUps, Depends(topups)]
 WebhookService = Annotated[Webhooks, Depends(webhooks)]
 AlertService = Annotated[Alerts, Depends(alerts)]
+InvoiceService = Annotated[Invoices, Depends(invoices)]
 PriceService = Annotated[Prices, Depends(prices)]
 Reader = Annotated[Identity, Depends(reader)]
 Writer = Annotated[Identity, Depends(writer)]

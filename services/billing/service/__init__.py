@@ -4,6 +4,7 @@ from services.billing.service.alerts import Alerts as Alerts
 from services.billing.service.author import Author as Author
 from services.billing.service.budgets import Budgets as Budgets
 from services.billing.service.history import History as History
+from services.billing.service.invoices import Invoices as Invoices
 from services.billing.service.prices import Prices as Prices
 from services.billing.service.topups import TopUps as TopUps
 from services.billing.service.topups import TopUpTerms as TopUpTerms

@@ -10,7 +10,7 @@ from tests.chat.doubles import chunk
 from tests.chat.test_completions import events
 from tests.chat.test_failures import failing
 
-USE = {"x-tollgate-cache": "use"}
+USE = {"tollgate-cache": "use"}
 
 
 async def send(chat: Chat, org: str, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
@@ -23,7 +23,7 @@ async def send(chat: Chat, org: str, headers: dict[str, str] | None = None, **bo
 async def test_a_hit_is_the_same_answer_for_the_price_of_a_cached_prompt(chat: Chat) -> None:
     first = await send(chat, "cache-a", temperature=0)
     again = await send(chat, "cache-a", temperature=0)
-    assert [r.headers["x-tollgate-cache"] for r in (first, again)] == ["miss", "hit"]
+    assert [r.headers["tollgate-cache"] for r in (first, again)] == ["miss", "hit"]
     assert first.json()["choices"] == again.json()["choices"]
     assert first.json()["id"] != again.json()["id"]
     assert len(chat.engine.generated) == 1
@@ -74,9 +74,9 @@ async def test_what_failed_is_not_kept(chat: Chat) -> None:
     chat.engine.chat = failing(chunk("one", 1), b"rubbish")
     assert (await send(chat, "cache-e", temperature=0)).status_code == 502
     chat.engine.reset()
-    assert (await send(chat, "cache-e", temperature=0)).headers["x-tollgate-cache"] == "miss"
+    assert (await send(chat, "cache-e", temperature=0)).headers["tollgate-cache"] == "miss"
 
 
 async def test_the_header_has_one_value(chat: Chat) -> None:
-    refused = await send(chat, "cache-f", {"x-tollgate-cache": "yes"}, temperature=0)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-tollgate-cache")
+    refused = await send(chat, "cache-f", {"tollgate-cache": "yes"}, temperature=0)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tollgate-cache")

@@ -70,8 +70,10 @@ async def test_a_wallet_that_may_not_cover_it_is_asked_first(chat: Chat, availab
     assert chat.engine.generated == []
 
 
-async def test_a_key_with_a_token_limit_is_asked_first(ample: Chat) -> None:
-    ample.ledger.refusal = PaymentRequired()
-    async with ample.client(tokens_per_minute=10**6, limit_id="l") as client:
-        assert (await client.post("/v1/chat/completions", json=asking())).status_code == 402
-    assert ample.engine.generated == []
+async def test_a_key_beyond_its_tokens_stops_the_engine(ample: Chat) -> None:
+    ample.engine.chat = for_ever
+    async with ample.client(tokens_per_minute=20, limit_id="narrow") as client:
+        refused = await client.post("/v1/chat/completions", json=asking())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "tokens_above_limit")
+    if ample.engine.generated:  # it may have been refused before the engine heard of it
+        await asyncio.wait_for(ample.engine.stopped.wait(), 5)

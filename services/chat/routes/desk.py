@@ -20,7 +20,7 @@ from services.chat.service.replays import Replays, Ticket, replayed
 from shared.clock import Clock
 from shared.identity import Identity
 
-CACHE, USE = "x-tollgate-cache", "use"
+CACHE, USE = "tollgate-cache", "use"
 IDEMPOTENCY_KEY = "idempotency-key"
 KEY_CHARS_MAX = 255
 REPLAYED = {"idempotent-replayed": "true"}

@@ -28,8 +28,8 @@ from shared.telemetry import get_logger
 log = get_logger(__name__)
 
 Events = AsyncGenerator[Event, None]
-HIT = {"x-tollgate-cache": "hit"}
-MISS = {"x-tollgate-cache": "miss"}
+HIT = {"tollgate-cache": "hit"}
+MISS = {"tollgate-cache": "miss"}
 
 
 @dataclass(frozen=True, slots=True)

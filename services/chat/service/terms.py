@@ -146,11 +146,11 @@ class Treasury:
     def may_start_early(self, request: ChatRequest, caller: Identity, build: Build) -> int | None:
         """Output tokens of each choice that the wallet covered many times over a moment ago; None: ask it first.
 
-        The engine may then begin while the hold is placed. Nothing is sent before it is there, and a refusal stops the
-        engine: what it could lose is the work of one hold's round trip.
+        The engine may then begin while tokens and credits are reserved. Nothing is sent before they are, and a refusal
+        stops the engine: what could be lost is its work during two round trips.
         """
         known, offer = self._known.get((caller.org_id, request.model)), self.offer(request, build)
-        if known is None or offer is None or caller.tokens_per_minute:
+        if known is None or offer is None:
             return None
         if time.monotonic() - known.at_s > AMPLE_FOR_S:
             return None

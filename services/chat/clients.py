@@ -12,7 +12,11 @@ from shared.rpc.inference_pb2_grpc import CatalogueStub
 
 LIST_TIMEOUT_S = 2.0
 
-_STATES = {pb.BUILD_STATE_READY: BuildState.READY, pb.BUILD_STATE_LOADING: BuildState.LOADING}
+_STATES = {
+    pb.BUILD_STATE_READY: BuildState.READY,
+    pb.BUILD_STATE_LOADING: BuildState.LOADING,
+    pb.BUILD_STATE_UNLOADED: BuildState.UNLOADED,
+}
 
 
 class CatalogueClient:
@@ -33,9 +37,10 @@ class CatalogueClient:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every build that is known is ready, and some are."""
+        """Whether every build that is known is ready or not there on purpose, and some are ready."""
         builds = [b for m in self._last.models.values() for b in m.builds.values()] if self._last is not None else []
-        return bool(builds) and all(b.is_ready for b in builds)
+        at_rest = (BuildState.READY, BuildState.UNLOADED)
+        return any(b.is_ready for b in builds) and all(b.state in at_rest for b in builds)
 
     async def refresh(self) -> None:
         """Ask inference. Raises TollgateError and keeps what was there."""
@@ -45,6 +50,12 @@ class CatalogueClient:
         builds = [b for m in self._last.models.values() for b in m.builds.values()]
         self._unready_s = {b.name: self._unready_s.get(b.name, float("-inf")) for b in builds}
         self._unready_s.update((b.name, now_s) for b in builds if not b.is_ready)
+
+    async def load(self, build: str, wait_s: float) -> None:
+        """Have an on-demand build loaded; returns when it is, or at the latest after `wait_s`. Raises TollgateError."""
+        request = pb.EnsureRequest(build=build, wait_ms=int(wait_s * 1000))
+        await self._caller.call(self._stub.Ensure, request, timeout_s=wait_s + LIST_TIMEOUT_S)
+        await self.refresh()
 
     def was_lost(self, build: str, since_s: float) -> bool:
         """Whether a build was not ready at a refresh after `since_s` (time.monotonic), or is not listed any more."""
@@ -73,4 +84,5 @@ def _build(message: pb.Build) -> Build:
         context_tokens=message.context_tokens,
         state=_STATES.get(message.state, BuildState.UNAVAILABLE),
         parameters=message.parameters,
+        on_demand=message.on_demand,
     )

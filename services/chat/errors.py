@@ -74,6 +74,12 @@ def model_not_found(model: str) -> NotFound:
     )
 
 
+def no_chat(model: str, kind: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The model `{model}` is for {kind}; it does not write.", code="unsupported_model", param="model"
+    )
+
+
 def model_disabled(model: str) -> Unavailable:
     return Unavailable(
         f"The model `{model}` is switched off by the operator.", code="model_disabled", retry_after_s=DISABLED_RETRY_S

@@ -46,6 +46,7 @@ class ChatSettings(ServiceSettings):
     chat_first_chunk_timeout_ms: int = Field(default=60_000, ge=1)
     chat_chunk_timeout_ms: int = Field(default=15_000, ge=1)
     chat_generation_timeout_ms: int = Field(default=300_000, ge=1)
+    chat_load_wait_ms: int = Field(default=30_000, ge=0)
     chat_send_timeout_ms: int = Field(default=30_000, ge=1)
     chat_priority_plans: frozenset[str] = frozenset()
     chat_breaker_failures_max: int = Field(default=3, ge=1)
@@ -73,6 +74,7 @@ class ChatSettings(ServiceSettings):
             chunk_timeout_s=self.chat_chunk_timeout_ms / 1000,
             generation_timeout_s=self.chat_generation_timeout_ms / 1000,
             send_timeout_s=self.chat_send_timeout_ms / 1000,
+            load_wait_s=self.chat_load_wait_ms / 1000,
             priority_plans=self.chat_priority_plans,
         )
 

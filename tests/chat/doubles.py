@@ -181,12 +181,15 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
 class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
     """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading.
 
-    `lost` names builds that are out of service.
+    `lost` names builds that are out of service. With `has_more` there are `dozing`, which is loaded when it is asked
+    for, and `vectors`, which does not chat.
     """
 
     def __init__(self, target: str) -> None:
         self._target = target
         self.lost: set[str] = set()
+        self.has_more = False
+        self.is_awake = False
 
     async def List(self, _request: Any, _: Any) -> Any:
         small = inference_pb2.Model(alias="small", kind="chat", created=1, stable_build="small-a", description="Small.")
@@ -195,7 +198,22 @@ class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
             small.builds.append(self._build(name, context, state))
         asleep = inference_pb2.Model(alias="asleep", kind="chat", created=1, stable_build="asleep-a")
         asleep.builds.append(self._build("asleep-a", 100, inference_pb2.BUILD_STATE_LOADING))
-        return inference_pb2.ListReply(models=[small, asleep], revision=1)
+        more = self._more() if self.has_more else []
+        return inference_pb2.ListReply(models=[small, asleep, *more], revision=1)
+
+    async def Ensure(self, request: Any, _: Any) -> Any:
+        assert request.build == "dozing-a"
+        self.is_awake = True
+        return self._build("dozing-a", 100, inference_pb2.BUILD_STATE_READY)
+
+    def _more(self) -> list[Any]:
+        dozing = inference_pb2.Model(alias="dozing", kind="chat", created=1, stable_build="dozing-a")
+        state = inference_pb2.BUILD_STATE_READY if self.is_awake else inference_pb2.BUILD_STATE_UNLOADED
+        dozing.builds.append(self._build("dozing-a", 100, state))
+        dozing.builds[0].on_demand = True
+        vectors = inference_pb2.Model(alias="vectors", kind="embedding", created=1, stable_build="vectors-a")
+        vectors.builds.append(self._build("vectors-a", 100, inference_pb2.BUILD_STATE_READY))
+        return [dozing, vectors]
 
     def _build(self, name: str, context_tokens: int, state: Any) -> Any:
         return inference_pb2.Build(

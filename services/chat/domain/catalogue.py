@@ -12,6 +12,7 @@ from services.chat.errors import context_length_exceeded
 class BuildState(Enum):
     READY = "ready"
     LOADING = "loading"
+    UNLOADED = "unloaded"
     UNAVAILABLE = "unavailable"
 
 
@@ -28,6 +29,8 @@ class Build:
     context_tokens: int
     state: BuildState
     parameters: int = 0
+    on_demand: bool = False
+    """Loaded when somebody asks for it; UNLOADED is no fault then."""
 
     @property
     def is_ready(self) -> bool:
@@ -52,9 +55,18 @@ class Model:
 
     @property
     def state(self) -> BuildState:
-        """Ready when any build is; else loading when any is."""
+        """The best that any build is in: ready, loading, unloaded, unavailable."""
         states = {b.state for b in self.builds.values()}
-        return next((s for s in (BuildState.READY, BuildState.LOADING) if s in states), BuildState.UNAVAILABLE)
+        return next((s for s in BuildState if s in states), BuildState.UNAVAILABLE)
+
+    @property
+    def sleeper(self) -> Build | None:
+        """The build to load before this model can serve: none when one is ready, or when none is on demand."""
+        builds = list(self.builds.values())
+        if any(b.is_ready for b in builds):
+            return None
+        asleep = [b for b in builds if b.on_demand]
+        return next((b for b in asleep if b.name == self.stable_build), asleep[0] if asleep else None)
 
 
 @dataclass(frozen=True, slots=True)

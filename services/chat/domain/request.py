@@ -27,6 +27,7 @@ class Limits:
     chunk_timeout_s: float
     generation_timeout_s: float
     send_timeout_s: float
+    load_wait_s: float = 0.0
     priority_plans: frozenset[str] = frozenset()
 
 

@@ -27,6 +27,7 @@ from services.chat.errors import (
     model_disabled,
     model_loading,
     model_not_found,
+    no_chat,
     too_busy,
 )
 from services.chat.service.events import Delta, Event, Finished, Receipt, Settled, Started
@@ -128,6 +129,7 @@ class ChatService:
     async def count(self, request: ChatRequest, caller: Identity) -> tuple[int, Build]:
         """Tokens of the prompt, and the build that counted. Raises TollgateError. Costs nothing."""
         with self._slots(1):
+            await self._awake(request.model, caller)
             build = self.build(request, caller)
             return await self._triton.count(build, request, lost=self._loss_of(build)), build
 
@@ -136,6 +138,7 @@ class ChatService:
         model = self.model(request.model, caller)
         request = self._served(request, caller)
         with self._slots(request.n), Watch(self._metrics, model.alias) as watch:
+            model = await self._awake(model.alias, caller)
             chain = self._chain(model, caller)
             watch.build = chain[0].name
             async with AsyncExitStack() as stack:
@@ -219,6 +222,17 @@ class ChatService:
         early = _Early(max_tokens, self._open(build, request, caller, max_tokens))
         stack.callback(early.cancel)
         return early
+
+    async def _awake(self, alias: str, caller: Identity) -> Model:
+        """The model, an on-demand build of it loaded if none is ready. Raises TollgateError."""
+        model = self.model(alias, caller)
+        if model.kind != CHAT:
+            raise no_chat(alias, model.kind)
+        sleeper = model.sleeper
+        if sleeper is None:
+            return model
+        await self._catalogue.load(sleeper.name, self.limits.load_wait_s)
+        return self.model(alias, caller)
 
     def _chain(self, model: Model, caller: Identity) -> tuple[Build, ...]:
         """The builds to try, best first. Raises Unavailable."""

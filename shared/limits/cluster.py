@@ -70,6 +70,7 @@ class ClusterLink:
         self._channels: list[tuple[str, Hear, Callable[[], None]]] = []
         self._links: dict[str, RedisLink] = {}
         self._slots: list[RedisLink | None] = [None] * SLOTS
+        self._epochs_gone = 0
         self._wanted = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._closing = False
@@ -78,6 +79,11 @@ class ClusterLink:
     def up(self) -> bool:
         """Whether all primaries answer, and so all that is published is heard."""
         return bool(self._links) and all(link.up for link in self._links.values())
+
+    @property
+    def epoch(self) -> int:
+        """Grows whenever a connection to one of the primaries is made."""
+        return self._epochs_gone + sum([link.epoch for link in self._links.values()])
 
     def call(self, *command: Argument) -> asyncio.Future[Any]:
         """As RedisLink's; a command without a key goes to any node that answers."""
@@ -195,6 +201,7 @@ class ClusterLink:
         await asyncio.gather(*[link.__aenter__() for link in new.values()])
         gone = [link for name, link in self._links.items() if name not in names]
         self._links = {name: link for name, link in self._links.items() if name in names} | new
+        self._epochs_gone += sum([link.epoch for link in gone])
         if new or gone:
             log.info("redis_cluster_changed", primaries=sorted(self._links))
         self._slots = [self._links.get(serving.get(slot, "")) for slot in range(SLOTS)]

@@ -2,7 +2,8 @@
 
 A refusal by a window is remembered for as long as that window is certain to refuse, at most `refusals_s`: the log is
 exact, so nobody who asks again until then could be admitted, and a key far over its limit costs Redis nothing. It
-counts only for the very limits (and version of the key) that were refused, and not while Redis is away.
+counts only for the very limits (and version of the key) that were refused, and for the connection that it came over:
+another server, or the same one after a restart, may not know what this one did.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _Refusal(NamedTuple):
     subject: Subject
     weight: int
     decision: Decision
+    epoch: int
     received_s: float
     until_s: float
 
@@ -67,7 +69,7 @@ class RedisLimiter:
         if refusal is None:
             return None
         now_s = time.monotonic()
-        if now_s >= refusal.until_s or refusal.subject != subject:
+        if now_s >= refusal.until_s or refusal.subject != subject or refusal.epoch != self._link.epoch:
             del self._refusals[subject.state_name]
             return None
         if refusal.weight != weight or not self._link.up:
@@ -125,7 +127,9 @@ class RedisLimiter:
         if violated is None:
             return
         until_s = sent_s + min(violated.wait_s, self._refusals_s)
-        self._refusals[subject.state_name] = _Refusal(subject, weight, decision, time.monotonic(), until_s)
+        self._refusals[subject.state_name] = _Refusal(
+            subject, weight, decision, self._link.epoch, time.monotonic(), until_s
+        )
         while len(self._refusals) > self._refusals_max:
             self._refusals.popitem(last=False)
 

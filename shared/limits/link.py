@@ -51,6 +51,10 @@ class Link(Protocol):
     @property
     def up(self) -> bool: ...
 
+    @property
+    def epoch(self) -> int:
+        """Grows whenever a connection is made: what a server said in an earlier one, another may not know."""
+
     def call(self, *command: Argument) -> asyncio.Future[Any]: ...
 
     def send(self, *command: Argument) -> None: ...
@@ -76,6 +80,7 @@ class RedisLink:
         self._connect_timeout_s = connect_timeout_ms / 1000
         self._pending_max = pending_max
         self._channels: dict[bytes, tuple[Hear, Callable[[], None]]] = {}
+        self.epoch = 0
         self._connection: _Connection | None = None
         self._runner: asyncio.Task[None] | None = None
 
@@ -149,6 +154,7 @@ class RedisLink:
             for _, begin in self._channels.values():
                 begin()
             self._connection = connection
+            self.epoch += 1
             return True
         finally:
             if connection is not None and connection is not self._connection:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,7 @@ from tests.conftest import Components
 from tests.gateway import harness
 from tests.gateway.fleet import Answer, Client, Fleet, ask, fleet
 from tests.gateway.harness import Backend, Directory, Key
-from tests.gateway.outages import eventually
+from tests.gateway.outages import eventually, own_valkey
 from tests.shared.valkey_cluster import ValkeyCluster, own_cluster
 
 GATEWAYS = 4
@@ -196,3 +197,66 @@ async def test_a_failover_in_a_burst_costs_no_more_than_is_said(
     assert set(statuses) == {200, 429}
     # What Redis counted, what the gateways shared out among themselves, and what the replica had not heard of.
     assert quota <= statuses[200] <= 2 * quota + (quota - 80)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+async def test_a_frozen_redis_is_hardly_noticed(database_url: str, service: Backend, directory: Directory) -> None:
+    """Stated: p99 of /v1 under 500 ms and of /healthz under 50 ms on a quiet machine; ten times that on any."""
+    keys = [await directory.create_key(limits={"minute": 100_000, "hour": 500_000}) for _ in range(20)]
+    with own_valkey() as valkey:
+        async with fleet(
+            GATEWAYS, valkey.url, database_url, service.url, TOLLGATE_GATEWAY_REDIS_TIMEOUT_MS="100"
+        ) as running:
+            frozen_at_s = 0.0
+            answers: list[Answer] = []
+            health: list[Answer] = []
+
+            async def load(client: Client, path: str, into: list[Answer]) -> None:
+                while not frozen_at_s or time.monotonic() < frozen_at_s + 10:
+                    into.append(await ask(client, random.choice(keys).secret, path))
+                    await asyncio.sleep(0.02)
+
+            async with running.clients(each=3) as clients:
+                tasks = [asyncio.create_task(load(client, "/v1/models", answers)) for client in clients[4:]]
+                tasks += [asyncio.create_task(load(client, "/healthz", health)) for client in clients[:4]]
+                await eventually(lambda: len(answers) > 500, 60)
+                valkey.signal(signal.SIGSTOP)
+                frozen_at_s = time.monotonic()
+                await asyncio.gather(*tasks)
+    during = [a for a in answers if a.received_s > frozen_at_s]
+    assert {a.status for a in during} == {200}
+    took = {
+        "/v1": sorted(a.received_s - a.sent_s for a in during),
+        "/healthz": sorted(a.received_s - a.sent_s for a in health if a.received_s > frozen_at_s),
+    }
+    p99 = {path: times[int(len(times) * 0.99)] for path, times in took.items()}
+    print(f"frozen Redis: p99 {p99}, most {took['/v1'][-1]:.3f} s, of {len(during)}")
+    assert p99["/v1"] < 5
+    assert p99["/healthz"] < 0.5
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3_600)
+async def test_a_million_requests_leave_memory_flat(gateways: Fleet, directory: Directory) -> None:
+    limits = {"minute": 1_000_000, "hour": 1_000_000, "day": 10**9, "concurrency": 1_000}
+    keys = [await directory.create_key(limits=limits) for _ in range(100)]
+    async with gateways.clients(each=8) as clients:
+
+        async def ask_often(total: int) -> Counter[int]:
+            """So many requests over all clients."""
+            statuses: Counter[int] = Counter()
+
+            async def run(client: Client, rng: random.Random) -> None:
+                for _ in range(total // len(clients)):
+                    statuses[await client.get("/v1/models", rng.choice(keys).secret)] += 1
+
+            await asyncio.gather(*(run(client, random.Random(i)) for i, client in enumerate(clients)))
+            return statuses
+
+        await ask_often(100_000)
+        before = [process.rss_bytes() for process in gateways.processes]
+        assert (await ask_often(900_000)).keys() == {200}
+        grown = [process.rss_bytes() - b for process, b in zip(gateways.processes, before, strict=True)]
+    print(f"900,000 requests over 4 gateways: memory grew by {[g // 1024 for g in grown]} KB")
+    assert max(grown) < 10_000_000

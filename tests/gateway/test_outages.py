@@ -206,6 +206,27 @@ async def test_without_both_nobody_passes(
     assert await statuses(exposed, key.headers, 1) == [200]
 
 
+@pytest.mark.parametrize("redis", ["there", "frozen", "killed"])
+async def test_a_frozen_postgresql_costs_its_time_limit(
+    exposed: Gateway, valkey: Valkey, postgres: TcpSwitch, directory: Directory, redis: str
+) -> None:
+    """A cold key is told so; a warm one goes on as long as Redis is there."""
+    warm, cold = await directory.create_key(), await directory.create_key()
+    assert await statuses(exposed, warm.headers, 1) == [200]
+    postgres.hold_replies()
+    if redis != "there":
+        valkey.kill() if redis == "killed" else valkey.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    asked = [asyncio.create_task(statuses(exposed, key.headers, 1)) for key in (warm, cold, cold)]
+    answers = [status for [status] in await asyncio.gather(*asked)]
+    assert answers == [200 if redis == "there" else 503, 503, 503]
+    assert time.monotonic() - began < 15  # 2.1 s are stated
+    assert (await exposed.http.get("/healthz")).status_code == 200
+    postgres.release_replies()
+    if redis == "frozen":
+        valkey.signal(signal.SIGCONT)
+
+
 async def test_a_gateway_starts_with_nothing_there(
     valkey: Valkey, postgres: TcpSwitch, backend: Backend, directory: Directory
 ) -> None:

@@ -1,0 +1,75 @@
+"""What strangers can cost us: keys that nobody was given, however many, take neither PostgreSQL nor memory."""
+
+import asyncio
+import itertools
+import tracemalloc
+from collections import Counter
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.gateway.guesses import Guesses
+from services.gateway.keys import KeyStore
+from services.gateway.repository import KeyRepository
+from shared import apikeys
+from shared.clock import SystemClock
+from shared.errors import RateLimited, Unauthenticated
+from shared.limits import RedisLink
+from shared.telemetry import GatewayMetrics
+from tests.conftest import Components
+from tests.gateway.harness import PEPPERS
+
+PER_MINUTE, ADDRESSES, REMEMBERED_MAX = 5, 200, 500
+LOOKUPS = "tollgate_gateway_key_lookups_total"
+
+
+@pytest.mark.parametrize(
+    "count", [4_000, pytest.param(1_000_000, marks=[pytest.mark.torture, pytest.mark.timeout(3_600)])]
+)
+async def test_keys_that_nobody_was_given_cost_bounded_reads_and_memory(
+    components: Components, database_url: str, count: int
+) -> None:
+    """Half of them do not even have the right checksum; the others come from many addresses, again and again."""
+    clock, registry = SystemClock(), CollectorRegistry()
+    link = RedisLink(components.redis_url, client_name="attacks", timeout_ms=5_000)
+    async with KeyRepository(database_url, timeout_ms=10_000) as repository:
+        store = KeyStore(
+            peppers=apikeys.Peppers(PEPPERS),
+            repository=repository,
+            link=link,
+            clock=clock,
+            metrics=GatewayMetrics(registry),
+            guesses=Guesses(clock, per_minute=PER_MINUTE),
+            process_entries_max=1_000,
+            process_ttl_s=30,
+            negative_entries_max=REMEMBERED_MAX,
+            negative_ttl_s=3_600,
+        )
+        async with link:
+            answers: Counter[type[Exception]] = Counter()
+            numbers = itertools.count()
+
+            async def attack() -> None:
+                while (number := next(numbers)) < count:
+                    key = apikeys.generate()
+                    if number % 2:
+                        key = key[:-1] + ("0" if key[-1] != "0" else "1")
+                    try:
+                        await store.find(key, f"192.0.2.{number // 2 % ADDRESSES}")
+                    except (Unauthenticated, RateLimited) as e:
+                        answers[type(e)] += 1
+
+            await asyncio.gather(*(attack() for _ in range(20)))  # what there is once for all is there
+            tracemalloc.start()
+            numbers = itertools.count()
+            await asyncio.gather(*(attack() for _ in range(20)))
+            grown, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+    read = registry.get_sample_value(LOOKUPS, {"source": "postgres"}) or 0
+    junk = registry.get_sample_value(LOOKUPS, {"source": "junk"})
+    minutes = 1 + count // 100_000  # generous: so many minutes may have gone by
+    assert junk == count
+    assert 0 < read <= ADDRESSES * PER_MINUTE * (2 + minutes)
+    assert answers.total() == 2 * count
+    assert answers[RateLimited] > count // 4
+    assert grown < 5_000_000

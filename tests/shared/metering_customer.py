@@ -38,6 +38,12 @@ class Billing:
         counts = [line for line in lines if line.startswith('tollgate_billing_operations_total{kind="heartbeat"')]
         return sum(int(float(line.rpartition(" ")[2])) for line in counts)
 
+    async def has_failed(self, kind: str) -> bool:
+        """Whether an operation of this kind met a fault, in whichever process leads its wallet."""
+        here = self.ledger.metrics.operations.labels(kind, "internal_error")._value.get()
+        line = f'tollgate_billing_operations_total{{kind="{kind}",result="internal_error"}}'
+        return here > 0 or line in (await self.app.http.get("/metrics")).text
+
 
 @pytest.fixture(scope="module")
 def owner_url(fresh_database: FreshDatabase) -> str:

@@ -16,9 +16,9 @@ from tests.shared.metering_customer import Customer, address
 
 
 async def has_answered(app: App, code: str) -> bool:
-    """Whether a settlement has ever been answered with this error."""
+    """Whether the stream has ever been answered with this error."""
     lines = (await app.http.get("/metrics")).text.splitlines()
-    return any('"Settle"' in line and f'"{code}"' in line for line in lines)
+    return any('"Operate"' in line and f'"{code}"' in line for line in lines)
 
 
 async def test_a_settlement_outlasts_a_fault_of_the_ledger(customer: Customer) -> None:
@@ -29,7 +29,7 @@ async def test_a_settlement_outlasts_a_fault_of_the_ledger(customer: Customer) -
         await connection.execute("ALTER TABLE billing.usage ADD CONSTRAINT fault CHECK (false) NOT VALID")
         try:
             settling = asyncio.create_task(hold.settle(build="b", finish_reason="stop"))
-            await wait_until(lambda: has_answered(customer.billing.app, "internal_error"), "the fault")
+            await wait_until(lambda: customer.billing.has_failed("settle"), "the fault")
         finally:
             await connection.execute("ALTER TABLE billing.usage DROP CONSTRAINT fault")
             await connection.close()

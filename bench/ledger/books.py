@@ -1,7 +1,8 @@
 """Wallets and their history in bulk, as the ledger would have written them: `python -m bench.ledger.books URL …`.
 
 Rows go in by `INSERT … SELECT` without triggers, which takes a superuser; afterwards `verify` finds no difference. A
-settled request is a hold with a slice, a resolution, a usage, two operations and a transfer.
+settled request is a hold with a slice, a resolution, a usage, two operations, a transfer, and a part of its day's
+sums.
 """
 
 from __future__ import annotations
@@ -81,6 +82,13 @@ REQUESTS = """
             hold_id, balance_after, effective_at, booked_at)
         SELECT uuidv7(), settle_op, id, seq + n, grant_id, revenue_id, $5, 'usage', hold_id, balance - $5 * n, at, at
         FROM q ORDER BY hold_id),
+    days AS (
+        INSERT INTO billing.usage_day AS d (wallet_id, day, model, requests, input_tokens, cached_input_tokens,
+            output_tokens, cost)
+        SELECT id, (now() AT TIME ZONE 'UTC')::date, $3, $2, 0, 0, $2 * $5, $2 * $5 FROM w
+        ON CONFLICT ON CONSTRAINT uq_usage_day_wallet_id_day_model_key_id_user_id DO UPDATE
+        SET requests = d.requests + EXCLUDED.requests, output_tokens = d.output_tokens + EXCLUDED.output_tokens,
+            cost = d.cost + EXCLUDED.cost),
     wallets AS (
         UPDATE billing.wallet b SET seq = b.seq + $2, updated_at = now() FROM w WHERE b.id = w.id),
     accounts AS (

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from services.billing.cli import app
 from services.billing.domain import DEFAULT_CLASS, PriceTerms
-from services.billing.repository.checks import CHECKS
+from services.billing.repository.checks import CHECKS, STRANGERS
 from services.billing.repository.verification import examine
 from tests.billing.harness import Ledger, owner, place, settle
 
@@ -30,6 +30,8 @@ TAMPERING = {
     ),
     "balances follow from the transfers": "UPDATE billing.transfer SET balance_after = balance_after + 1",
     "transfers belong to operations that were applied": "UPDATE billing.op SET refusal = 'insufficient_quota'",
+    "usage by day equals the transfers of usage": "UPDATE billing.usage_day SET cost = cost + 1",
+    "what belongs to a hold has one": "DELETE FROM billing.hold",
     "holds are covered by their slices": "DELETE FROM billing.hold_slice",
     "holds cost what their price says": "UPDATE billing.hold SET output_tokens = output_tokens + 1",
     "holds are open or resolved": "DELETE FROM billing.open_hold",
@@ -50,6 +52,21 @@ async def some_history(ledger: Ledger, org_id: UUID) -> None:
     held = await ledger.held(org_id, 300)
     await ledger.writer.submit(settle(org_id, held.hold_id, 120))
     await ledger.writer.submit(place(org_id, 40))
+
+
+async def test_transfers_of_a_wallet_that_is_not_there_are_noticed(ledger: Ledger, org_id: UUID) -> None:
+    await some_history(ledger, org_id)
+    connection = await owner(ledger.owner_url)
+    tampering = connection.transaction()
+    await tampering.start()
+    try:
+        await connection.execute("ALTER TABLE billing.transfer DISABLE TRIGGER USER")
+        await connection.execute("UPDATE billing.transfer SET wallet_id = uuidv7() WHERE wallet_id = $1", org_id)
+        report = await examine(connection)
+    finally:
+        await tampering.rollback()
+        await connection.close()
+    assert report.found[STRANGERS] == await ledger.pool.fetchval("SELECT seq FROM billing.wallet WHERE id = $1", org_id)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -29,16 +29,19 @@ PARTS = """
         SELECT t.*, w.since, w.until, w.balance FROM w JOIN billing.transfer t
             ON t.wallet_id = w.id AND t.wallet_seq > w.since AND t.wallet_seq <= w.until)"""
 
+STRANGERS = "transfers stay within their wallet"
 CHECKS = (
     "transfers are numbered without a gap",
     "transfers are in order of time",
-    "transfers stay within their wallet",
+    STRANGERS,
     "balances follow from the transfers",
     "transfers belong to operations that were applied",
     "accounts equal their transfers",
     "debits equal credits",
     "what is pending equals the slices of open holds",
     "who owes has nothing available",
+    "usage by day equals the transfers of usage",
+    "what belongs to a hold has one",
     "holds are covered by their slices",
     "holds cost what their price says",
     "holds are open or resolved",
@@ -120,10 +123,32 @@ BOOKS = (
         SELECT FROM billing.account a JOIN billing.credit_grant g ON g.account_id = a.id
         WHERE a.wallet_id = w.id AND a.credits_posted > a.debits_posted + a.debits_pending
             AND (g.expires_at IS NULL OR g.expires_at > clock_timestamp()))""",
+    """, used AS (
+        SELECT coalesce(sum(amount), 0) AS amount, wallet_id FROM t
+        WHERE code IN ('usage', 'late', 'receivable') GROUP BY wallet_id),
+    days AS (
+        SELECT wallet_id, sum(cost) AS cost FROM billing.usage_day WHERE wallet_id = ANY($1) GROUP BY wallet_id)
+    SELECT 'usage by day equals the transfers of usage', x.id, format('by day %s, transfers %s', x.cost, x.amount)
+    FROM (
+        SELECT w.id, coalesce(d.cost, 0) AS cost, coalesce(u.amount, 0) + coalesce(c.debits, 0) AS amount
+        FROM w LEFT JOIN used u ON u.wallet_id = w.id LEFT JOIN days d ON d.wallet_id = w.id
+            LEFT JOIN carried c ON c.account = '00000000-0000-0000-0000-000000000000') x
+    WHERE x.cost <> x.amount""",
 )
 
 # Of holds: after $1, up to $2.
 HOLDS = (
+    """SELECT 'what belongs to a hold has one', coalesce(x.wallet_id, '00000000-0000-0000-0000-000000000000'),
+        format('%s of hold %s', x.what, x.hold_id)
+    FROM (
+        SELECT 'a slice' AS what, s.hold_id, a.wallet_id FROM billing.hold_slice s
+            LEFT JOIN billing.account a ON a.id = s.account_id WHERE s.hold_id > $1 AND s.hold_id <= $2
+        UNION ALL SELECT 'usage', hold_id, wallet_id FROM billing.usage WHERE hold_id > $1 AND hold_id <= $2
+        UNION ALL SELECT 'open', hold_id, wallet_id FROM billing.open_hold WHERE hold_id > $1 AND hold_id <= $2
+        UNION ALL SELECT 'resolution', hold_id, NULL FROM billing.hold_resolution
+            WHERE hold_id > $1 AND hold_id <= $2) x
+    WHERE NOT EXISTS (SELECT FROM billing.hold h
+        WHERE h.id = x.hold_id AND (x.what = 'resolution' OR h.wallet_id IS NOT DISTINCT FROM x.wallet_id))""",
     """SELECT 'holds are covered by their slices',
         h.wallet_id, format('hold %s: %s, slices are %s', h.id, h.amount, coalesce(s.amount, 0))
     FROM billing.hold h LEFT JOIN (
@@ -181,9 +206,11 @@ HOLDS = (
         OR (r.kind <> 'void' AND (o.result->>'settled')::int8 IS DISTINCT FROM r.amount))""",
 )
 
-# What the transfers of a part moved, to be carried into the next one.
+# What the transfers of a part moved, to be carried into the next one; and, under nobody's id, what usage came to.
 MOVED = """
     SELECT account, sum(debits), sum(credits) FROM (
         SELECT debit_account AS account, amount AS debits, 0 AS credits FROM t
         UNION ALL SELECT credit_account, 0, amount FROM t
+        UNION ALL SELECT '00000000-0000-0000-0000-000000000000', amount, 0 FROM t
+            WHERE code IN ('usage', 'late', 'receivable')
         UNION ALL SELECT * FROM carried) legs GROUP BY account"""

@@ -27,7 +27,7 @@ WALLETS_MAX = 2_000
 TRANSFERS_MAX = 50_000
 HOLDS_MAX = 20_000
 OPERATION_TRANSFERS_MAX = 100_000
-NOBODY = UUID(int=0)
+NOBODY, EVERYBODY = UUID(int=0), UUID(int=2**128 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,10 @@ async def examine(connection: asyncpg.Connection, on_progress: Callable[[Report]
         report.add(step)
         on_progress(report)
         if step.is_last:
-            return report
+            break
         after = step.after
+    report.add(await _strangers(connection))
+    return report
 
 
 async def wallets_step(
@@ -197,10 +199,20 @@ async def holds_step(connection: asyncpg.Connection, after: UUID | None, *, hold
             after,
             holds_max,
         )
-        if last is None:
-            return Step(None, None, [])
-        differences = await _differences(connection, checks.HOLDS, after, last)
-    return Step(last, None, differences, holds=count)
+        is_last = count < holds_max
+        # Whatever claims to belong to a later hold belongs to none.
+        differences = await _differences(connection, checks.HOLDS, after, EVERYBODY if is_last else last)
+    return Step(None if is_last else last, None, differences, holds=count)
+
+
+async def _strangers(connection: asyncpg.Connection) -> Step:
+    """Transfers of wallets that are not there: a walk over wallets does not come to them."""
+    rows = await connection.fetch(
+        """SELECT t.wallet_id, format('%s transfers', count(*)) FROM billing.transfer t
+        WHERE NOT EXISTS (SELECT FROM billing.wallet w WHERE w.id = t.wallet_id) GROUP BY t.wallet_id LIMIT $1""",
+        DIFFERENCES_MAX,
+    )
+    return Step(None, None, [Difference(checks.STRANGERS, *row) for row in rows])
 
 
 def _within(rows: Iterable[Any], begun: Begun | None, transfers_max: int) -> list[tuple[UUID, int]]:

@@ -159,6 +159,7 @@ class BareEngine:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # Linux shares a busy processor out by session: one of its own, as the stack has
         )
         self.address = str(self._read()["address"])
 

@@ -30,7 +30,7 @@ from services.inference.backend.job import Job, StopReason
 from services.inference.backend.metrics import EngineMetrics
 from services.inference.backend.scheduler import End, Event, Piece, Reply, Scheduler
 
-POLL_S = 0.01
+POLL_S = 0.02
 CHECKS_RUNNING = 6  # asked about in one poll; the others' turn comes in the next
 CHECKS_WAITING = 2
 METRICS_PUSH_S = 0.2

@@ -155,9 +155,14 @@ BudgetSubject = Literal["key", "member"]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a key or a member may spend, held amounts included, in nano-credits of a calendar day and month (UTC)."""
+    """What a key or a member may spend, held amounts included, in nano-credits of a calendar day and month (UTC).
+
+    `spent_day` and `spent_month` are what it has spent of the present ones, without what is held.
+    """
 
     subject: BudgetSubject
     subject_id: UUID
     day: int | None
     month: int | None
+    spent_day: int = 0
+    spent_month: int = 0

@@ -15,7 +15,18 @@ from services.billing.payments.manual import ManualPayments
 from services.billing.payments.port import PaymentProvider
 from services.billing.payments.stripe import StripeAccount, StripePayments
 from services.billing.repository.database import Database
-from services.billing.routes import admin, budgets, invoices, prices, topups, transactions, usage, wallet, webhooks
+from services.billing.routes import (
+    admin,
+    budgets,
+    invoices,
+    native,
+    prices,
+    topups,
+    transactions,
+    usage,
+    wallet,
+    webhooks,
+)
 from services.billing.service import Alerts, Budgets, History, Invoices, Prices, TopUps, TopUpTerms, Wallets, Webhooks
 from services.billing.service.deliveries import Deliveries, DeliveryLimits
 from services.billing.storefront_settings import StorefrontSettings
@@ -23,7 +34,7 @@ from services.billing.webhooks.sender import WebhookSender
 from services.billing.webhooks.signature import SecretRing
 from shared.clock import SystemClock
 
-NOUNS = (wallet, transactions, usage, invoices, topups, budgets, webhooks, prices, admin)
+NOUNS = (wallet, transactions, usage, invoices, topups, budgets, webhooks, prices, native, admin)
 
 Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
@@ -33,7 +44,7 @@ def open_storefront(
 ) -> Tasks:
     """Give the application its services and routes; what has to run beside them."""
     app.state.wallets = Wallets(database, ledger)
-    app.state.history = History(database, exports_max=settings.billing_exports_max)
+    app.state.history = History(database, SystemClock(), exports_max=settings.billing_exports_max)
     app.state.budgets = Budgets(database, ledger)
     app.state.prices = Prices(database)
     app.state.invoices = Invoices(database, SystemClock())

@@ -61,6 +61,7 @@ ROUTES: tuple[Route, ...] = (
     Route("/api/v1/organizations", "auth", Access.SESSION),
     Route("/api/v1/billing/payments/stripe/webhook", "billing", Access.PUBLIC, methods=POST, exact=True),
     Route("/api/v1/billing/", "billing", scope="billing:write", read_scope="billing:read"),
+    Route("/billing/", "billing", scope="billing:write", read_scope="billing:read"),
     Route("/api/v1/admin/auth/", "auth", Access.ADMIN, scope="admin"),
     Route("/api/v1/admin/billing/", "billing", Access.ADMIN, scope="admin"),
     Route("/api/v1/admin/inference/", "inference", Access.ADMIN, scope="admin"),

@@ -13,6 +13,7 @@ from tests.billing.harness import App, Ledger, person, signed
 
 BUDGETS = "/api/v1/billing/budgets"
 SOMEBODY = UUID(int=7)
+NOTHING_SPENT = {"spent_day": "0.00", "spent_month": "0.00"}
 
 
 def key() -> dict[str, str]:
@@ -35,7 +36,7 @@ async def test_a_budget_is_set_replaced_and_removed(app: App, org_id: UUID) -> N
         ({"month": "0"}, None, "0.00"),
     ):
         answer = await app.http.put(path, json=body, headers=signed(who, **key()))
-        expected = {"subject": "member", "id": str(member), "day": day, "month": month}
+        expected = {"subject": "member", "id": str(member), "day": day, "month": month, **NOTHING_SPENT}
         assert (answer.status_code, answer.json()) == (200, expected)
         assert await listed(app, who) == [expected]
     await app.http.put(path, json={}, headers=signed(who, **key()))

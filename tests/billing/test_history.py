@@ -22,6 +22,7 @@ from services.billing.repository import history as repository
 from services.billing.repository.history import TransactionFilter
 from services.billing.service import History
 from services.billing.service import history as history_service
+from shared.clock import SystemClock
 from tests.billing.harness import (
     MODEL,
     SIGNUP_NANO,
@@ -123,7 +124,7 @@ async def test_a_filter_that_few_pass_still_reaches_them_in_bounded_pages(
     await spend(ledger, org_id, 7)
     await lengthen(ledger, org_id, 100)
     monkeypatch.setattr(history_service, "SCANNED_MAX", 30)
-    history, found, before, pages = History(ledger.database, exports_max=1), [], None, 0
+    history, found, before, pages = History(ledger.database, SystemClock(), exports_max=1), [], None, 0
     while True:
         rows, before = await history.transactions(
             org_id, TransactionFilter(("usage",)), before_seq=before, since=None, until=None, limit=5
@@ -173,13 +174,13 @@ async def test_an_export_covers_every_piece_once(ledger: Ledger, org_id: UUID, m
     await lengthen(ledger, org_id, 100)
     monkeypatch.setattr(history_service, "EXPORT_PAGE", 7)
     monkeypatch.setattr(history_service, "SCANNED_MAX", 10)
-    history = History(ledger.database, exports_max=1)
+    history = History(ledger.database, SystemClock(), exports_max=1)
     pieces = await history.export(org_id, TransactionFilter(), since=None, until=None)
     assert [row.seq for rows in [p async for p in pieces] for row in rows] == list(range(1, 102))
 
 
 async def test_exports_are_bounded(ledger: Ledger, org_id: UUID) -> None:
-    history = History(ledger.database, exports_max=1)
+    history = History(ledger.database, SystemClock(), exports_max=1)
     await ledger.writer.submit(grant(org_id, 1))
     first: Any = await history.export(org_id, TransactionFilter(), since=None, until=None)
     await anext(first)

@@ -11,9 +11,17 @@ from services.billing.repository.database import Connection, Database
 async def budgets(database: Database, org_id: UUID) -> list[Budget]:
     """Keys before members, each by id."""
     rows = await database.fetch(
-        """SELECT subject, subject_id, max(amount) FILTER (WHERE period = 'day'),
-            max(amount) FILTER (WHERE period = 'month')
-        FROM billing.budget WHERE wallet_id = $1 GROUP BY subject, subject_id ORDER BY subject, subject_id""",
+        """WITH today AS (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date AS today),
+        budgets AS (
+            SELECT subject, subject_id, max(amount) FILTER (WHERE period = 'day') AS day,
+                max(amount) FILTER (WHERE period = 'month') AS month
+            FROM billing.budget WHERE wallet_id = $1 GROUP BY subject, subject_id)
+        SELECT b.subject, b.subject_id, b.day, b.month, coalesce(s.day, 0)::int8, coalesce(s.month, 0)::int8
+        FROM budgets b CROSS JOIN today t CROSS JOIN LATERAL (
+            SELECT sum(u.cost) FILTER (WHERE u.day = t.today) AS day, sum(u.cost) AS month FROM billing.usage_day u
+            WHERE u.wallet_id = $1 AND u.day BETWEEN date_trunc('month', t.today)::date AND t.today
+                AND b.subject_id = CASE b.subject WHEN 'key' THEN u.key_id ELSE u.user_id END) s
+        ORDER BY b.subject, b.subject_id""",
         org_id,
     )
     return [Budget(*row) for row in rows]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from uuid import UUID
 
 from services.billing.domain import WalletView
@@ -62,7 +63,7 @@ async def wallet(database: Database, org_id: UUID) -> WalletView | None:
                 WHERE a.limited AND (g.expires_at IS NULL OR g.expires_at > clock_timestamp())), 0)::int8 AS available,
             sum(a.debits_posted - a.credits_posted) FILTER (WHERE a.kind = 'receivable')::int8 AS receivable,
             sum(a.debits_posted) FILTER (WHERE a.kind = 'funding')::int8 AS granted,
-            sum(a.credits_posted) FILTER (WHERE a.kind = 'revenue')::int8 AS spent,
+            sum(a.credits_posted - a.debits_posted) FILTER (WHERE a.kind = 'revenue')::int8 AS spent,
             w.frozen_at IS NOT NULL AS is_frozen, w.created_at
         FROM billing.wallet w
         JOIN billing.account a ON a.wallet_id = w.id
@@ -150,3 +151,41 @@ async def usage(database: Database, org_id: UUID, *, before: tuple[UUID, int] | 
         limit,
     )
     return [UsageRecord(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSum:
+    """What requests of one group used; `cost` in nano-credits. A field that is not grouped by is None."""
+
+    day: date | None
+    model: str | None
+    key_id: UUID | None
+    user_id: UUID | None
+    requests: int
+    input_tokens: int
+    cached_input_tokens: int
+    output_tokens: int
+    cost: int
+
+
+GROUPS = {"day": "day", "model": "model", "key": "key_id", "member": "user_id"}
+
+
+async def usage_sums(
+    database: Database, org_id: UUID, since: date, until: date, groups: Sequence[str], limit: int
+) -> list[UsageSum]:
+    """From the day's sums that the ledger keeps; `until` is not included. Newest day first, then the dearest."""
+    columns = [column if name in groups else "NULL" for name, column in GROUPS.items()]
+    grouped = [str(number) for number, column in enumerate(columns, 1) if column != "NULL"]
+    rows = await database.fetch(
+        f"""SELECT {", ".join(columns)}, sum(requests)::int8, sum(input_tokens)::int8, sum(cached_input_tokens)::int8,
+            sum(output_tokens)::int8, sum(cost)::int8
+        FROM billing.usage_day WHERE wallet_id = $1 AND day >= $2 AND day < $3
+        {f"GROUP BY {', '.join(grouped)}" if grouped else "HAVING count(*) > 0"}
+        ORDER BY 1 DESC NULLS LAST, 9 DESC, 2, 3, 4 LIMIT $4""",  # noqa: S608 - columns of ours
+        org_id,
+        since,
+        until,
+        limit,
+    )
+    return [UsageSum(*row) for row in rows]

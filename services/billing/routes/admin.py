@@ -61,6 +61,35 @@ class GrantedAnswer(BaseModel):
     receivable: str
 
 
+class RefundBody(Body):
+    """`source_id` is a request's hold or a charge; `credits` left out is all that is left of it."""
+
+    source_id: UUID
+    credits: PositiveCreditsIn | None = None
+    reason: Reason
+
+
+class RefundAnswer(BaseModel):
+    """`refundable` is what is left of what was taken; `available` and `receivable` are the wallet's afterwards."""
+
+    org_id: UUID
+    source_id: UUID
+    credits: str
+    refundable: str
+    available: str
+    receivable: str
+
+
+class FreezeBody(Body):
+    frozen: bool
+    reason: Reason
+
+
+class FreezeAnswer(BaseModel):
+    org_id: UUID
+    frozen: bool
+
+
 class PriceBody(Body):
     """Decimal credits: per request, and per million tokens of a class."""
 
@@ -108,6 +137,27 @@ async def transactions(
 ) -> TransactionsAnswer:
     """Its history, newest first."""
     return await transactions_page(history, org_id, filters, since, until, cursor, limit)
+
+
+@router.post("/wallets/{org_id}/refunds", status_code=201)
+async def refund(org_id: UUID, body: RefundBody, service: WalletService, author: OperatorAuthor) -> RefundAnswer:
+    """Give back what a request or a charge took, or a part of it, to the grants that it was taken from."""
+    refunded = await service.refund(author, org_id, body.source_id, body.credits, reason=body.reason)
+    return RefundAnswer(
+        org_id=org_id,
+        source_id=body.source_id,
+        credits=format_credits(refunded.amount),
+        refundable=format_credits(refunded.refundable),
+        available=format_credits(refunded.available),
+        receivable=format_credits(refunded.receivable),
+    )
+
+
+@router.put("/wallets/{org_id}/freeze")
+async def freeze(org_id: UUID, body: FreezeBody, service: WalletService, author: OperatorAuthor) -> FreezeAnswer:
+    """Refuse new requests and charges, or allow them again. What is in flight is settled either way."""
+    result = await service.freeze(author, org_id, frozen=body.frozen, reason=body.reason)
+    return FreezeAnswer(org_id=org_id, frozen=result.frozen)
 
 
 @router.post("/grants", status_code=201)

@@ -30,6 +30,8 @@ class BudgetAnswer(BaseModel):
     id: UUID
     day: str | None = Field(description="Decimal credits; null for no limit.")
     month: str | None
+    spent_day: str = Field(description="Of today, without what is held.")
+    spent_month: str
 
 
 class BudgetsAnswer(BaseModel):
@@ -60,4 +62,6 @@ def _answer(budget: Budget) -> BudgetAnswer:
         id=budget.subject_id,
         day=None if budget.day is None else format_credits(budget.day),
         month=None if budget.month is None else format_credits(budget.month),
+        spent_day=format_credits(budget.spent_day),
+        spent_month=format_credits(budget.spent_month),
     )

@@ -39,7 +39,8 @@ class LineAnswer(BaseModel):
 
 
 class InvoiceAnswer(BaseModel):
-    """`opening` balance + the effects of all lines = `closing` balance, exactly. `total` is what was used."""
+    """`opening` balance + the effects of all lines = `closing` balance, exactly. `total` is what was used,
+    less refunds."""
 
     month: str
     org_id: UUID

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import date, datetime
+from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter
-from pydantic import BaseModel
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
 
-from services.billing.repository.history import UsageRecord
+from services.billing.repository.history import UsageRecord, UsageSum
 from services.billing.routes.dependencies import HistoryService, OwnWallet
 from services.billing.routes.fields import PAGE_DEFAULT, PageSize
 from services.billing.routes.transactions import Cursor, TokensAnswer
@@ -17,6 +18,8 @@ from shared.errors import InvalidRequest
 from shared.money import format_credits
 
 router = APIRouter(prefix="/api/v1/billing", tags=["billing"])
+
+DAILY: list[Literal["day", "model", "key", "member"]] = ["day"]
 
 _CURSOR = re.compile(r"u([0-9a-f]{32})\.([01])\Z", re.ASCII)
 
@@ -41,6 +44,35 @@ class UsageAnswer(TokensAnswer):
 class UsagesAnswer(BaseModel):
     data: list[UsageAnswer]
     next_cursor: str | None
+
+
+class UsageSumAnswer(TokensAnswer):
+    """What the requests of one group used; a field that is not grouped by is null."""
+
+    day: date | None
+    model: str | None
+    key_id: UUID | None
+    user_id: UUID | None
+    requests: int
+    cost: str
+
+
+class UsageSumsAnswer(BaseModel):
+    data: list[UsageSumAnswer]
+    has_more: bool = Field(description="There are more groups than fit: ask for fewer days.")
+
+
+@router.get("/usage/summary")
+async def summary(
+    history: HistoryService,
+    org_id: OwnWallet,
+    since: Annotated[date | None, Query(alias="from", description="This month's first day, when left out.")] = None,
+    until: Annotated[date | None, Query(alias="to", description="Not included.")] = None,
+    group_by: Annotated[list[Literal["day", "model", "key", "member"]], Query(max_length=4)] = DAILY,
+) -> UsageSumsAnswer:
+    """Sums by day (UTC), model, key and member, in any combination: `group_by` may be repeated."""
+    rows, has_more = await history.usage_sums(org_id, since=since, until=until, groups=group_by)
+    return UsageSumsAnswer(data=[_sum(row) for row in rows], has_more=has_more)
 
 
 @router.get("/usage")
@@ -73,6 +105,20 @@ def _usage(row: UsageRecord) -> UsageAnswer:
         duration_ms=row.duration_ms,
         request_id=row.request_id,
         created_at=row.created_at,
+    )
+
+
+def _sum(row: UsageSum) -> UsageSumAnswer:
+    return UsageSumAnswer(
+        day=row.day,
+        model=row.model,
+        key_id=row.key_id,
+        user_id=row.user_id,
+        requests=row.requests,
+        input_tokens=row.input_tokens,
+        cached_input_tokens=row.cached_input_tokens,
+        output_tokens=row.output_tokens,
+        cost=format_credits(row.cost),
     )
 
 

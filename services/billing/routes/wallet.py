@@ -28,7 +28,7 @@ class WalletAnswer(BaseModel):
     available: str = Field(description="What a new request may reserve.")
     receivable: str = Field(description="Owed for usage beyond the credits; new credits pay it first.")
     granted: str = Field(description="Everything ever put in.")
-    spent: str = Field(description="Everything that usage ever cost.")
+    spent: str = Field(description="Everything that usage and charges ever cost, less refunds.")
     frozen: bool
     created_at: datetime
 

@@ -42,4 +42,5 @@ class Budgets:
             return {}
 
         await once(self._database, author, "budget", body, work)
-        return Budget(subject, subject_id, day, month)
+        found = [b for b in await self.all(org_id) if (b.subject, b.subject_id) == (subject, subject_id)]
+        return found[0] if found else Budget(subject, subject_id, None, None)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from datetime import datetime
+from collections.abc import AsyncIterator, Sequence
+from datetime import date, datetime, timedelta
 from uuid import UUID
 
 from services.billing.errors import TooManyExports
 from services.billing.repository import history as repository
 from services.billing.repository.database import Database
-from services.billing.repository.history import TransactionFilter, TransactionRow, UsageRecord
+from services.billing.repository.history import TransactionFilter, TransactionRow, UsageRecord, UsageSum
 from services.billing.repository.wallets import seq_before
+from shared.clock import Clock
+from shared.errors import InvalidRequest
 
 SCANNED_MAX = 10_000  # transfers that one page looks at, however few of them a filter lets through
 EXPORT_PAGE = 1_000
+SUMS_MAX = 1_000
+DAYS_MAX = 366
 
 
 class History:
     """One for the life of the process."""
 
-    def __init__(self, database: Database, *, exports_max: int) -> None:
+    def __init__(self, database: Database, clock: Clock, *, exports_max: int) -> None:
         self._database = database
+        self._clock = clock
         self._exports_max = exports_max
         self._exports = 0
 
@@ -68,6 +73,20 @@ class History:
         rows = await repository.usage(self._database, org_id, before=before, limit=limit + 1)
         last = rows[limit - 1] if len(rows) > limit else None
         return rows[:limit], (last.hold_id, last.part) if last else None
+
+    async def usage_sums(
+        self, org_id: UUID, *, since: date | None, until: date | None, groups: Sequence[str]
+    ) -> tuple[list[UsageSum], bool]:
+        """Sums by any of GROUPS, of this month if no days are given; and whether there are more than SUMS_MAX.
+
+        Raises InvalidRequest for more than DAYS_MAX days.
+        """
+        since = since or self._clock.now().date().replace(day=1)
+        until = until or max(self._clock.now().date(), since) + timedelta(days=1)
+        if not timedelta(0) < until - since <= timedelta(days=DAYS_MAX):
+            raise InvalidRequest(f"from lies before to, by at most {DAYS_MAX} days.", param="from")
+        rows = await repository.usage_sums(self._database, org_id, since, until, groups, SUMS_MAX + 1)
+        return rows[:SUMS_MAX], len(rows) > SUMS_MAX
 
     async def _pieces(
         self, org_id: UUID, wanted: TransactionFilter, after: int, last: int

@@ -22,6 +22,7 @@ from shared.ids import uuid7
 
 CLOSES_AFTER = timedelta(hours=1)  # longer than clocks differ and operations take
 MONTHS_AT_ONCE = 24
+USED = ("usage", "charge", "refund")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ async def _computed(connection: Connection, org_id: UUID, month: date, after: in
     closing = await repository.balance_at_seq(connection, org_id, until)
     if opening + sum(line.effect for line in lines) != closing:
         raise Internal(code="invoice_does_not_add_up", detail=f"wallet {org_id}, {month}: transfers {after} to {until}")
-    total = sum(line.amount for line in lines if line.kind in ("usage", "charge"))
+    total = sum(-line.amount if line.kind == "refund" else line.amount for line in lines if line.kind in USED)
     return InvoiceView(Invoice(uuid7(), org_id, month, after, until, opening, closing, total, None), lines)
 
 

@@ -29,6 +29,8 @@ CAPABILITIES = {
         "tools",
         "tokenize",
     ),
+    "embedding": ("embeddings", "rerank"),
+    "rerank": ("rerank",),
 }
 
 

@@ -25,6 +25,7 @@ from services.auth.service.admin import Admin
 from services.auth.service.attempts import AttemptLimits, Attempts
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.email import Email, EmailLimits
+from services.auth.service.installation import Installation
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
 from services.auth.service.oidc import OidcSignIn
@@ -150,6 +151,7 @@ async def compose(
         keys=keys_of,
         registration=Registration(sessions_of, mode, accounts, passwords, email, outbox, clock),
         email=email,
+        installation=Installation(sessions_of, email, outbox, clock),
         revocations=Revocations(sessions_of, peppers, outbox, clock, metrics),
         organizations=_organizations(settings, sessions_of, outbox, clock),
         admin=Admin(sessions_of, keys_of, outbox, clock),

@@ -102,6 +102,19 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class UserSummary:
+    """A user in a list: a person by their user name, a service account by its name."""
+
+    id: UUID
+    name: str
+    kind: str
+    email: str
+    status: UserStatus
+    roles: tuple[str, ...]
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """One sign-in: the family of refresh tokens that follow from it. `browser`: they are kept in cookies."""
 

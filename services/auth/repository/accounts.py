@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, Select, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, delete, func, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
-from services.auth.domain import BASE_ROLE, Account, UserStatus
+from services.auth.domain import BASE_ROLE, Account, UserStatus, UserSummary
 from services.auth.errors import EmailTaken, UsernameTaken
 from services.auth.tables import MembershipRow, OrganizationRow, RolePermissionRow, UserRoleRow, UserRow
 from shared.database import AsyncSession
@@ -85,6 +85,10 @@ class AccountRepository:
         """Give a role on the installation; nothing happens where it is held already."""
         await self._session.execute(upsert(UserRoleRow).values(user_id=user_id, role=role).on_conflict_do_nothing())
 
+    async def take_role(self, user_id: UUID, role: str) -> None:
+        """Take a role on the installation; nothing happens where it is not held."""
+        await self._session.execute(delete(UserRoleRow).where(UserRoleRow.user_id == user_id, UserRoleRow.role == role))
+
     async def find_by_login(self, login: str) -> Account | None:
         """The account of a user name or an e-mail address, in the user's first organisation that is active."""
         folded = func.lower(login)  # by PostgreSQL, as the indexes are: Python folds some letters otherwise
@@ -154,6 +158,25 @@ class AccountRepository:
         ordered = statement.order_by(MembershipRow.created_at, MembershipRow.org_id).limit(1)
         row = (await self._session.execute(ordered)).one_or_none()
         return _account(row) if row else None
+
+
+async def page_of_users(session: AsyncSession, *, before: UUID | None, limit: int) -> list[UserSummary]:
+    """Everybody, newest first."""
+    statement = select(UserRow, _ROLES).order_by(UserRow.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(UserRow.id < before)
+    return [
+        UserSummary(
+            id=user.id,
+            name=user.display_name or user.username,
+            kind=user.kind,
+            email=user.email or "",
+            status=UserStatus(user.status),
+            roles=tuple(roles),
+            created_at=user.created_at,
+        )
+        for user, roles in await session.execute(statement)
+    ]
 
 
 def _unchanged(user_id: UUID, password_hash: str) -> tuple[ColumnElement[bool], ...]:

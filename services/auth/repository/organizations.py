@@ -22,6 +22,17 @@ async def organizations_of(session: AsyncSession, user_id: UUID) -> list[Organiz
     return [_organization(row) for row in rows]
 
 
+async def page_of_organizations(session: AsyncSession, *, before: UUID | None, limit: int) -> list[Organization]:
+    """All of the installation, newest first; `role` says nothing here."""
+    statement = select(OrganizationRow).order_by(OrganizationRow.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(OrganizationRow.id < before)
+    return [
+        Organization(row.id, row.name, row.plan, row.personal, OrgRole.MEMBER, row.created_at)
+        for row in await session.scalars(statement)
+    ]
+
+
 async def add_organization(session: AsyncSession, organization: Organization, owner_id: UUID) -> None:
     """Insert an organisation with its first owner."""
     await session.execute(

@@ -10,6 +10,7 @@ from services.auth.service.admin import Admin
 from services.auth.service.attempts import Attempts
 from services.auth.service.bootstrap import Bootstrap
 from services.auth.service.email import Email
+from services.auth.service.installation import Installation
 from services.auth.service.key_usage import KeyUsage
 from services.auth.service.keys import Keys
 from services.auth.service.oidc import OidcSignIn
@@ -42,6 +43,7 @@ class Services:
     organizations: Organizations
     admin: Admin
     bootstrap: Bootstrap
+    installation: Installation
     outbox: Outbox
     oidc: OidcSignIn
     key_usage: KeyUsage

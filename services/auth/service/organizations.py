@@ -88,6 +88,10 @@ class Organizations:
         require_person(actor)
         if not self._limits.self_service and not set(actor.identity.roles) & set(OPERATORS):
             raise OrganizationsByOperators()
+        return await self.create_for(actor, name)
+
+    async def create_for(self, actor: Actor, name: str) -> Organization:
+        """As `create`, for who may make organisations for others. Raises TooManyOrganizations."""
         now = self._clock.now()
         made = Organization(ids.uuid7(), name, DEFAULT_PLAN, False, OrgRole.OWNER, now)
         async with self._sessions.begin() as session:

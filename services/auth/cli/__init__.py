@@ -1,20 +1,22 @@
-"""The command line: `python -m services.auth [migrate | bootstrap …]`; without a command it serves."""
+"""The command line: `python -m services.auth [migrate | bootstrap | users | orgs | keys | signing-keys] …`; without a
+command it serves.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 from prometheus_client import CollectorRegistry
 
 from services.auth.app import build, compose
-from services.auth.domain import DEFAULT_KEY_SCOPES
+from services.auth.cli import operator
+from services.auth.cli.roles import DEFAULT_SCOPES, Role
 from services.auth.domain.fields import valid_email, valid_key_name, valid_username
 from services.auth.grants import GATEWAY_GRANTS, SERVICE_GRANTS
 from services.auth.service.bootstrap import Bootstrapped
@@ -28,19 +30,10 @@ from shared.web import Readiness
 SCHEMA = "auth"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-class Role(StrEnum):
-    user = "user"
-    operator = "operator"
-    admin = "admin"
-
-
-DEFAULT_SCOPES: Mapping[Role, Sequence[str]] = {
-    Role.user: DEFAULT_KEY_SCOPES,
-    Role.operator: ("admin", "*"),
-    Role.admin: ("admin", "*"),
-}
+app.add_typer(operator.users, name="users")
+app.add_typer(operator.orgs, name="orgs")
+app.add_typer(operator.keys, name="keys")
+app.add_typer(operator.signing_keys, name="signing-keys")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""The command line: `python -m services.billing [migrate | prices | verify]`; without a command it serves."""
+"""The command line: `python -m services.billing [migrate | prices | verify | show]`; without a command it serves."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import time
 from pathlib import Path
 from typing import Annotated
+from uuid import UUID
 
 import typer
 
 from services.billing.app import build
 from services.billing.price_file import PriceFileError, read_prices
+from services.billing.repository import audit
 from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.repository.verification import Report
 from services.billing.repository.verification import verify as verify_ledger
@@ -73,13 +75,27 @@ async def _publish(url: str, file: Path) -> None:
 @app.command()
 def verify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    wallet: Annotated[UUID | None, typer.Option(help="Only this organisation's transfers and accounts.")] = None,
 ) -> None:
     """Replay every wallet and compare. Exits 1 when anything differs; changes nothing."""
-    settings = runtime.load(DatabaseSettings)
-    report = asyncio.run(verify_ledger(settings.billing_database_url.get_secret_value(), _Progress()))
+    url = runtime.load(DatabaseSettings).billing_database_url.get_secret_value()
+    report = asyncio.run(verify_ledger(url, _Progress()) if wallet is None else audit.wallet(url, wallet))
     for line in [json.dumps(report.as_json())] if as_json else report.lines():
         typer.echo(line)
     if not report.is_clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(hold_id: Annotated[UUID, typer.Argument(help="The hold_id of a transaction.")]) -> None:
+    """Print all that is known of one request, in nano-credits, as JSON. Exits 1 when it does not add up, 2 for none."""
+    found = asyncio.run(audit.request(runtime.load(DatabaseSettings).billing_database_url.get_secret_value(), hold_id))
+    if found is None:
+        typer.echo("show: there is no such hold", err=True)
+        raise typer.Exit(2)
+    request, differences = found
+    typer.echo(json.dumps({**request, "differences": [f"{d.check}: {d.detail}" for d in differences]}, indent=2))
+    if differences:
         raise typer.Exit(1)
 
 

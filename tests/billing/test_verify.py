@@ -101,6 +101,33 @@ async def test_a_late_settlement_of_no_tokens_adds_up(ledger: Ledger, org_id: UU
     await ledger.verified()
 
 
+async def test_one_request_and_one_wallet_are_shown_and_checked(
+    ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await some_history(ledger, org_id)
+    held = await ledger.held(org_id, 60)
+    await ledger.writer.submit(settle(org_id, held.hold_id, 25))
+    monkeypatch.setenv("TOLLGATE_BILLING_DATABASE_URL", ledger.url)
+    run = CliRunner().invoke
+    shown = await asyncio.to_thread(run, app, ["show", str(held.hold_id)])
+    request = json.loads(shown.output)
+    assert shown.exit_code == 0
+    assert [u["cost"] for u in request["usage"]] == [25]
+    assert sum(t["amount"] for t in request["transfers"]) == 25
+    assert {o["kind"] for o in request["operations"]} == {"hold", "settle"}
+    assert request["price"]["output"] == 1_000_000
+    assert request["differences"] == []
+    assert (await asyncio.to_thread(run, app, ["show", str(uuid4())])).exit_code == 2
+    one = await asyncio.to_thread(run, app, ["verify", "--wallet", str(org_id)])
+    assert (one.exit_code, one.output.startswith("1 wallets, ")) == (0, True)
+    await ledger.pool.execute("UPDATE billing.wallet SET seq = seq + 1 WHERE id = $1", org_id)
+    broken = await asyncio.to_thread(run, app, ["verify", "--wallet", str(org_id)])
+    await ledger.pool.execute("UPDATE billing.wallet SET seq = seq - 1 WHERE id = $1", org_id)
+    assert broken.exit_code == 1
+    none = await asyncio.to_thread(run, app, ["verify", "--wallet", str(uuid4())])
+    assert none.output.startswith("0 wallets, ")
+
+
 async def test_the_command_exits_1_when_something_differs_and_0_otherwise(
     ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,11 @@ async def holds_step(connection: asyncpg.Connection, after: UUID | None, *, hold
     return Step(None if is_last else last, None, differences, holds=count)
 
 
+async def hold_differences(connection: asyncpg.Connection, hold_id: UUID) -> list[Difference]:
+    """What does not add up of one hold."""
+    return await _differences(connection, checks.HOLDS, UUID(int=hold_id.int - 1), hold_id)
+
+
 async def _strangers(connection: asyncpg.Connection) -> Step:
     """Transfers of wallets that are not there: a walk over wallets does not come to them."""
     rows = await connection.fetch(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import re
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from services.gateway.errors import RequestTimeout
@@ -86,6 +87,7 @@ class Relayed(Exchange):
     _replica: Replica | None = None
     _gzip: Any = None
     _is_chunked = _is_held = False
+    _known: Mapping[bytes, bytes] = {}  # of the request's headers, once they are read
     _head_out = b""
     _status_out = 0
 
@@ -169,11 +171,10 @@ class Relayed(Exchange):
         if not self.is_whole:
             self.fail(RequestTimeout())
             return
-        name = self.service
-        self._relay.count_error(name, "timeout")
+        self._relay.count_error(self.service, "timeout")
         if self._replica is not None:
             self._replica.failed(self._relay.now_s())
-        self.fail(Timeout(detail=f"{name}: {'idle' if self.status else 'first byte'} timeout"))
+        self.fail(Timeout(detail=f"{self.service}: {'idle' if self.status else 'first byte'} timeout"))
 
     # The task
 
@@ -188,13 +189,11 @@ class Relayed(Exchange):
             self._replica, connection = upstream.take() or await upstream.connect()
             self._task = None
             self._send(connection)
-        except TollgateError as e:
+        except Exception as e:
             self._task = None
-            self.fail(e)
-        except Exception:
-            self._task = None
-            log.exception("request_crashed", request_id=self.request_id, endpoint=self.route)
-            self.fail(Internal())
+            if not isinstance(e, TollgateError):
+                log.exception("request_crashed", request_id=self.request_id, endpoint=self.route)
+            self.fail(e if isinstance(e, TollgateError) else Internal())
 
     def _read(self) -> None:
         """What the head says. Raises for what no service should ever see."""
@@ -208,6 +207,7 @@ class Relayed(Exchange):
         self.address = self._relay.addresses.of(self.address, self._headers)
         head = self._head = read_request(self._headers)
         self._headers = []
+        self._known = head.known
         self.is_whole = self.is_whole or not (head.is_chunked or head.length)
         if (offered := head.known.get(b"x-request-id")) is not None:
             self.request_id = ids.accepted_request_id(offered.decode("latin-1"))
@@ -254,7 +254,7 @@ class Relayed(Exchange):
         self._connection = connection
         connection.send(self, b"".join([*lines, b"\r\n", body]), is_complete=self.is_whole)
         if not self.is_whole:
-            if head.known.get(b"expect", b"").lower() == b"100-continue" and not self.bytes_in:
+            if self._known.get(b"expect", b"").lower() == b"100-continue" and not self.bytes_in:
                 self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._client.hold_reading(False)
 
@@ -331,8 +331,7 @@ class Relayed(Exchange):
 
     def _answer(self, status: int, lines: list[bytes], body: bytes) -> None:
         """A response of our own."""
-        self.status = status
-        self.bytes_out = len(body)
+        self.status, self.bytes_out = status, len(body)
         if status not in BODILESS:
             lines.append(b"content-length: %d\r\n" % len(body))
         self._client.write(self._response_head(status, lines) + (b"" if self.method == "HEAD" else body))
@@ -346,18 +345,14 @@ class Relayed(Exchange):
         own.append(f"x-request-id: {self.request_id}\r\n".encode())
         if self._limit_headers:
             own.append("".join([f"{k}: {v}\r\n" for k, v in self._limit_headers.items()]).encode("latin-1"))
-        if (origin := self._origin()) is not None:
+        if (origin := self._known.get(b"origin")) is not None:
             own += self._relay.cors.lines(origin)
         if not self.keep_alive:
             own.append(b"connection: close\r\n")
         return b"".join([*own, *lines, b"\r\n"])
 
-    def _origin(self) -> bytes | None:
-        head: RequestHead | None = getattr(self, "_head", None)
-        return head.known.get(b"origin") if head is not None else None
-
     def _compresses(self, head: ResponseHead, status: int, length: int | None) -> bool:
-        accepted = self._head.known.get(b"accept-encoding", b"").lower()
+        accepted = self._known.get(b"accept-encoding", b"").lower()
         is_long = length is not None and length >= self._relay.gzip_bytes_min
         return is_long and head.is_compressible and status == 200 and not self._is_http_10 and b"gzip" in accepted
 

@@ -26,7 +26,7 @@ from shared.clock import Clock, SystemClock
 from shared.flags import Flags
 from shared.grpc import Caller
 from shared.identity import IdentityRing
-from shared.limits import RedisLink, TokenLimiter
+from shared.limits import Link, TokenLimiter, create_link
 from shared.metering import Metering
 from shared.runtime import HttpServer, Service
 from shared.web import Readiness
@@ -58,7 +58,7 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     triton = TritonClient(limits)
     stack.push_async_callback(triton.close)
 
-    link = RedisLink(
+    link = create_link(
         settings.redis_url.get_secret_value(), client_name="chat", timeout_ms=settings.chat_redis_timeout_ms
     )
     await stack.enter_async_context(link)
@@ -110,7 +110,7 @@ def _desk(
     clock: Clock,
     service: ChatService,
     treasury: Treasury,
-    link: RedisLink,
+    link: Link,
 ) -> tuple[Desk, Library, Sequence[tasks.Purge]]:
     """What stands between the routes and the service: cache, kept completions, idempotency keys."""
     engine = database.create_engine(

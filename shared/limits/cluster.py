@@ -18,29 +18,24 @@ from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import RedisClusterException, RedisError
 
+from shared.cache import CLUSTER_SUFFIX, create_cluster, is_cluster
 from shared.limits.link import Argument, CommandRefused, Hear, RedisLink, RedisUnavailable, retrieve
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
 
-SCHEMES = ("redis+cluster", "rediss+cluster")
 SLOTS = 16_384
 REDIRECTIONS_MAX = 3
 REFRESH_S = 5.0  # a stable cluster is asked this often
 REFRESH_PAUSE_S = 0.1  # a changing one
-DEFAULT_PORT = 6379
 
 
 class ClusterLink:
-    """See the module. `url` is `redis+cluster://[user:password@]host:port[,host:port…]`: any nodes, to begin with.
+    """See the module. `url` is a cluster's, as in shared/cache.py.
 
     An async context manager: entering waits for the first attempt, whatever comes of it.
     """
@@ -55,8 +50,8 @@ class ClusterLink:
         pending_max: int = 10_000,
     ) -> None:
         scheme, _, rest = url.partition("://")
-        credentials, _, hosts = rest.rpartition("@")
-        self._prefix = f"{scheme.removesuffix('+cluster')}://{credentials}@" if credentials else f"{scheme[:-8]}://"
+        credentials, at, _ = rest.rpartition("@")
+        self._prefix = f"{scheme.removesuffix(CLUSTER_SUFFIX)}://{credentials}{at}"
         self._options = {
             "client_name": client_name,
             "timeout_ms": timeout_ms,
@@ -64,7 +59,11 @@ class ClusterLink:
             "pending_max": pending_max,
         }
         self._topology_client = partial(
-            _topology_client, self._prefix, hosts.partition("/")[0], connect_timeout_ms / 1000
+            create_cluster,
+            url,
+            client_name=client_name,
+            timeout_ms=connect_timeout_ms,
+            connect_timeout_ms=connect_timeout_ms,
         )
         self._client = self._topology_client()
         self._channels: list[tuple[str, Hear, Callable[[], None]]] = []
@@ -221,8 +220,8 @@ class ClusterLink:
 def create_link(
     url: str, *, client_name: str, timeout_ms: int = 100, connect_timeout_ms: int = 500, pending_max: int = 10_000
 ) -> RedisLink | ClusterLink:
-    """The link for a URL: of one server, or `redis+cluster://` (`rediss+cluster://`) of a cluster."""
-    kind = ClusterLink if url.partition("://")[0] in SCHEMES else RedisLink
+    """The link for a URL: of one server, or of a cluster as shared/cache.py has it."""
+    kind = ClusterLink if is_cluster(url) else RedisLink
     return kind(
         url,
         client_name=client_name,
@@ -230,25 +229,6 @@ def create_link(
         connect_timeout_ms=connect_timeout_ms,
         pending_max=pending_max,
     )
-
-
-def _topology_client(prefix: str, hosts: str, timeout_s: float) -> RedisCluster:
-    parts = urlsplit(f"{prefix}x")
-    return RedisCluster(
-        startup_nodes=[ClusterNode(*_host_and_port(host.strip())) for host in hosts.split(",")],
-        username=parts.username,
-        password=parts.password,
-        ssl=parts.scheme == "rediss",
-        require_full_coverage=False,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-    )
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return (host, int(port)) if host else (port, DEFAULT_PORT)
 
 
 def _first_key(command: tuple[Argument, ...]) -> bytes | None:

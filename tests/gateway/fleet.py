@@ -105,7 +105,8 @@ async def fleet(count: int, redis_url: str, database_url: str, service_url: str,
                     "TOLLGATE_API_KEY_PEPPERS": PEPPERS,
                     "TOLLGATE_GATEWAY_REPLICAS": str(count),
                     "TOLLGATE_GATEWAY_HEARTBEAT_INTERVAL_S": "0.2",
-                    "TOLLGATE_GATEWAY_REDIS_TIMEOUT_MS": "2000",
+                    "TOLLGATE_GATEWAY_REDIS_TIMEOUT_MS": "2000",  # a busy test machine is not an outage
+                    "TOLLGATE_GATEWAY_DATABASE_TIMEOUT_MS": "20000",
                     "TOLLGATE_GATEWAY_UNKNOWN_KEYS_PER_MINUTE": "1000000",  # a revoked key is one
                     **{f"TOLLGATE_{s}_URL": service_url for s in ("AUTH", "BILLING", "CHAT", "INFERENCE")},
                     **env,

@@ -18,6 +18,7 @@ import uvicorn
 from jose import jwk, jwt
 from pydantic import SecretStr
 from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
 
 from services.auth.cli import migrate_urls
 from services.auth.clients import ChangeChannel
@@ -174,7 +175,7 @@ class Directory:
     """Auth's tables, and the channel by which auth tells gateways of changes."""
 
     connection: asyncpg.Connection
-    redis: Redis
+    redis: Redis | RedisCluster
 
     async def create_key(
         self,

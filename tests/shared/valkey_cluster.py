@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from redis import Redis
 from redis.crc import key_slot
@@ -21,6 +22,7 @@ from tests.gateway.outages import free_port, valkey_binary
 
 PRIMARIES, NODES, SLOTS = 3, 6, 16_384
 DEADLINE_S = 60.0
+PASSWORD = "p@ss/word"
 OPTIONS = {
     "cluster-enabled": "yes",
     "cluster-node-timeout": "1000",
@@ -29,6 +31,8 @@ OPTIONS = {
     "save": "",
     "appendonly": "no",
     "bind": "127.0.0.1",
+    "requirepass": PASSWORD,
+    "masterauth": PASSWORD,
 }
 
 
@@ -71,7 +75,7 @@ class Node:
             self.process = None
 
     def ask(self, *command: str | int | bytes) -> Any:
-        with Redis(port=self.port, socket_timeout=1, decode_responses=True) as client:
+        with Redis(port=self.port, password=PASSWORD, socket_timeout=1, decode_responses=True) as client:
             return client.execute_command(*command)
 
     @property
@@ -88,7 +92,7 @@ class ValkeyCluster:
             own = directory / str(i)
             own.mkdir()
             self.nodes.append(Node(own, free_port(), free_port()))
-        self.url = "redis+cluster://" + ",".join(node.address for node in self.nodes)
+        self.url = f"redis+cluster://:{quote(PASSWORD, safe='')}@" + ",".join(node.address for node in self.nodes)
 
     def start(self) -> None:
         for node in self.nodes:
@@ -140,7 +144,7 @@ class ValkeyCluster:
         target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
         source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
         while names := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 1):
-            source.ask("MIGRATE", "127.0.0.1", target.port, names[0], 0, 5_000)
+            source.ask("MIGRATE", "127.0.0.1", target.port, names[0], 0, 5_000, "AUTH", PASSWORD)
             time.sleep(0.02)
         for node in (target, source, *(n for n in self.nodes if n.process and n.is_primary)):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", target_id)

@@ -19,7 +19,8 @@ from uuid import UUID
 
 import aiosmtplib
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from services.auth.domain import DailyUse, Event, KeyEvent
 from services.auth.domain.mails import Mail
@@ -27,6 +28,7 @@ from services.auth.errors import MailNotSent, RedisDown
 from shared import access_tokens, apikeys
 
 SMTP_PORTS = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
+REDIS_FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 _RAISE_VERSION = """
 local held = tonumber(redis.call('GET', KEYS[1]) or '0') or 0
 if tonumber(ARGV[1]) > held then
@@ -76,27 +78,36 @@ class Mailer:
 class ChangeChannel:
     """Tells gateways about changed keys and sessions."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis | RedisCluster) -> None:
         self._redis = redis
 
     async def announce(self, events: Sequence[Event]) -> None:
         """Deliver changes; saying one twice does no harm. Raises RedisDown when not all of them arrived."""
         pipeline = self._redis.pipeline(transaction=False)
+        later = []
         for event in events:
             pipeline.eval(_RAISE_VERSION, 1, _version_name(event), str(event.version), str(apikeys.CACHE_TTL_S))
             if isinstance(event, KeyEvent):
                 pipeline.delete(apikeys.record_name(event.digest))
-                pipeline.publish(apikeys.CHANNEL, event.digest)
+                if isinstance(self._redis, RedisCluster):  # whose pipelines do not publish
+                    later.append(event.digest)
+                else:
+                    pipeline.publish(apikeys.CHANNEL, event.digest)
         try:
             await pipeline.execute()
-        except (RedisError, OSError, TimeoutError) as e:
+            for digest in later:
+                await self._redis.publish(apikeys.CHANNEL, digest)
+        except REDIS_FAILURES as e:
             raise RedisDown(detail=type(e).__name__) from e
 
     async def server(self) -> str:
-        """Which server answers: another one after a failover or a restart. Raises RedisDown."""
+        """Which server answers, or which primaries: others after a failover or a restart. Raises RedisDown."""
         try:
+            if isinstance(self._redis, RedisCluster):
+                nodes: dict[str, Any] = await self._redis.info("server", target_nodes=RedisCluster.PRIMARIES)
+                return " ".join(sorted(str(node.get("run_id", "")) for node in nodes.values()))
             found: dict[str, Any] = await self._redis.info("server")
-        except (RedisError, OSError, TimeoutError) as e:
+        except REDIS_FAILURES as e:
             raise RedisDown(detail=type(e).__name__) from e
         return str(found.get("run_id", ""))
 
@@ -117,7 +128,7 @@ class UsageStream:
 
     GROUP = "auth"
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis | RedisCluster) -> None:
         self._redis = redis
 
     async def read(self, batch_max: int) -> UsageBatch:
@@ -131,7 +142,7 @@ class UsageStream:
                 raise RedisDown(detail=type(e).__name__) from e
             await self._join()
             return UsageBatch(0, {}, {})
-        except (RedisError, OSError, TimeoutError) as e:
+        except REDIS_FAILURES as e:
             raise RedisDown(detail=type(e).__name__) from e
         return _batch([fields for _, batch in reply for _, fields in batch])
 
@@ -142,7 +153,7 @@ class UsageStream:
         except ResponseError as e:
             if not str(e).startswith("BUSYGROUP"):  # another replica was quicker
                 raise RedisDown(detail=type(e).__name__) from e
-        except (RedisError, OSError, TimeoutError) as e:
+        except REDIS_FAILURES as e:
             raise RedisDown(detail=type(e).__name__) from e
 
 

@@ -21,7 +21,7 @@ from services.chat.service.events import Event, Receipt, Settled, Started
 from services.chat.service.recording import Recording
 from services.chat.service.terms import Treasury
 from shared.identity import Identity
-from shared.limits import RedisLink, RedisUnavailable
+from shared.limits import Link, RedisUnavailable
 from shared.metering import Usage
 from shared.telemetry import get_logger
 
@@ -43,7 +43,7 @@ class CacheLimits:
 class ResponseCache:
     """See the module."""
 
-    def __init__(self, service: ChatService, treasury: Treasury, link: RedisLink, limits: CacheLimits) -> None:
+    def __init__(self, service: ChatService, treasury: Treasury, link: Link, limits: CacheLimits) -> None:
         self._service = service
         self._treasury = treasury
         self._link = link

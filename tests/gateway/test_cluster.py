@@ -1,0 +1,71 @@
+"""The gateway on a real Redis Cluster, told of changes by auth's own client of it."""
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+from redis.asyncio.cluster import RedisCluster
+
+from services.auth.clients import ChangeChannel
+from services.auth.errors import RedisDown
+from shared.apikeys import USAGE_STREAM
+from shared.cache import create_redis
+from tests.gateway.harness import Backend, Directory, Gateway, gateway, settings
+from tests.gateway.outages import eventually
+from tests.shared.valkey_cluster import ValkeyCluster, own_cluster
+
+
+@pytest.fixture
+def cluster() -> Iterator[ValkeyCluster]:
+    with own_cluster() as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def client(cluster: ValkeyCluster) -> AsyncIterator[RedisCluster]:
+    made = create_redis(cluster.url, client_name="test", timeout_ms=5_000)
+    assert isinstance(made, RedisCluster)
+    yield made
+    await made.aclose()
+
+
+@pytest_asyncio.fixture
+async def on_cluster(cluster: ValkeyCluster, database_url: str, backend: Backend) -> AsyncIterator[Gateway]:
+    async with gateway(settings(cluster.url, database_url, backend.url)) as running:
+        yield running
+
+
+async def test_keys_limits_revocations_and_events_work_on_every_node(
+    on_cluster: Gateway, directory: Directory, client: RedisCluster, cluster: ValkeyCluster
+) -> None:
+    told = Directory(directory.connection, client)
+    keys = [await told.create_key(limits={"minute": 3, "concurrency": 2}) for _ in range(6)]
+    await on_cluster.ready(redis="ok")
+    for key in keys:
+        statuses = [(await on_cluster.http.get("/v1/models", headers=key.headers)).status_code for _ in range(4)]
+        assert statuses == [200, 200, 200, 429]
+        await told.revoke(key)
+        assert (await on_cluster.http.get("/v1/models", headers=key.headers)).status_code == 401
+    assert len({cluster.primary_of(f"{{{key.org_id}}}:x").port for key in keys}) > 1
+    assert await on_cluster.metric("tollgate_gateway_key_lookups_total", source="postgres") == 12
+
+    async def are_written() -> bool:
+        return int(await client.xlen(USAGE_STREAM)) >= 30
+
+    await eventually(are_written)
+
+
+async def test_auth_notices_that_another_server_answers(client: RedisCluster, cluster: ValkeyCluster) -> None:
+    channel = ChangeChannel(client)
+    before = await channel.server()
+    assert before == await channel.server()
+    cluster.primary_of("x").kill()
+
+    async def answers_otherwise() -> bool:
+        with contextlib.suppress(RedisDown):
+            now = await channel.server()
+            return now != before and len(now.split()) == 3
+        return False
+
+    await eventually(answers_otherwise, 60)

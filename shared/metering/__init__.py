@@ -22,6 +22,7 @@ PermissionDenied (`wallet_frozen`), Conflict, Unprocessable (`idempotency_mismat
 Nothing after that raises but cancellation: an answer that the client has already read does not fail over its bill.
 """
 
+from shared.metering.client import REFUSAL_STATUSES as REFUSAL_STATUSES
 from shared.metering.client import Metering as Metering
 from shared.metering.hold import Hold as Hold
 from shared.metering.types import MeteringLimits as MeteringLimits

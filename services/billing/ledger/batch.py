@@ -107,7 +107,7 @@ class Batch:
             if journal.books or journal.touched or journal.rows.operations or journal.rows.opened:
                 await write(self._connection, journal)
             failpoints.reached("batch_written")
-            await self._connection.execute("COMMIT")
+            await self._connection.execute("COMMIT;")
         except BaseException:
             self._memory.forget(self._wallets)
             raise

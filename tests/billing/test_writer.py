@@ -1,0 +1,252 @@
+"""Batches, shards and their leaders: what the writer adds to the kernel and the database."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.billing.errors import BudgetExceeded, IdempotencyMismatch, LedgerUnavailable
+from services.billing.ledger.batch import Fenced
+from services.billing.ledger.operations import Operation
+from services.billing.ledger.results import Held, Settled
+from services.billing.ledger.shards import ShardLimits, Shards
+from services.billing.ledger.writer import NotLeading, ShardWriter, WriterLimits
+from services.billing.repository import leadership
+from services.billing.repository import ledger as repository
+from services.billing.repository.leadership import shard_of
+from shared.errors import TollgateError
+from shared.telemetry import BillingMetrics
+from tests.billing.harness import (
+    SHARDS,
+    SIGNUP_NANO,
+    Ledger,
+    grant,
+    kept_running,
+    ledger_on,
+    place,
+    settle,
+    wait_until,
+)
+
+
+@asynccontextmanager
+async def session(ledger: Ledger) -> AsyncIterator[Any]:
+    """A writer's connection, of whoever."""
+    connection = await leadership.connect(ledger.url, timeout_s=10, statement_timeout_ms=30_000)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def epoch_of(ledger: Ledger, org_id: UUID) -> int:
+    epoch: int = await ledger.pool.fetchval("SELECT epoch FROM billing.shard WHERE id = $1", shard_of(org_id, SHARDS))
+    return epoch
+
+
+async def operations_of(ledger: Ledger, org_id: UUID) -> int:
+    count: int = await ledger.pool.fetchval("SELECT count(*) FROM billing.op WHERE tenant = $1", org_id)
+    return count
+
+
+async def test_a_second_writer_is_fenced_and_writes_nothing(ledger: Ledger, org_id: UUID) -> None:
+    """It believes that it leads; only the epoch says that it does not."""
+    await ledger.held(org_id, 1)
+    before = await operations_of(ledger, org_id)
+    metrics = BillingMetrics(CollectorRegistry())
+    stale = ShardWriter(shard_of(org_id, SHARDS), signup_credits=0, metrics=metrics, limits=WriterLimits())
+    async with session(ledger) as connection:
+        serving = asyncio.create_task(stale.serve(connection, await epoch_of(ledger, org_id) - 1, asyncio.Event()))
+        await wait_until(lambda: accepts(stale), "the second writer")
+        answer = stale.enqueue(place(org_id, 5))
+        with pytest.raises(Fenced):
+            await serving
+    stale.release()
+    with pytest.raises(NotLeading):
+        await answer
+    assert await operations_of(ledger, org_id) == before
+    assert (await ledger.wallet(org_id)).held == 1
+
+
+async def accepts(writer: ShardWriter) -> bool:
+    return writer.accepts
+
+
+async def test_a_leader_that_was_overtaken_leads_again_only_with_a_new_epoch(lonely_url: str, org_id: UUID) -> None:
+    async with ledger_on(lonely_url) as ledger:
+        await ledger.held(org_id, 1)
+        before = await epoch_of(ledger, org_id)
+        await ledger.pool.execute("UPDATE billing.shard SET epoch = epoch + 1")
+        held = await ledger.held(org_id, 2)
+        assert await epoch_of(ledger, org_id) == before + 2
+        assert isinstance(await ledger.writer.submit(settle(org_id, held.hold_id, 2)), Settled)
+        assert (await ledger.wallet(org_id)).spent == 2
+        await ledger.verified()
+
+
+async def test_a_new_leader_waits_for_the_transaction_of_the_former_one(ledger: Ledger, org_id: UUID) -> None:
+    shard = shard_of(org_id, SHARDS)
+    async with session(ledger) as former, session(ledger) as new:
+        await former.execute(repository.BEGIN)
+        await repository.first_look(former, shard, [], [])
+        rising = asyncio.create_task(leadership.raise_epoch(new, shard, SHARDS, "new"))
+        await asyncio.wait([rising], timeout=0.3)
+        assert not rising.done()
+        await former.execute("COMMIT;")
+        assert await rising > 0
+
+
+async def test_processes_share_the_shards_and_take_over_from_each_other(lonely_url: str) -> None:
+    async with ledger_on(lonely_url) as first:
+        assert len(first.writer.led) == SHARDS
+        async with ledger_on(lonely_url) as second:
+
+            async def even() -> bool:
+                return len(first.writer.led) == len(second.writer.led) == SHARDS // 2
+
+            await wait_until(even, "an even share")
+            wallets = [uuid4() for _ in range(20)]
+            for ledger in (first, second):
+                holds = await asyncio.gather(*(ledger.held(org_id, 10) for org_id in wallets))
+                assert {type(held) for held in holds} == {Held}
+
+        async def alone() -> bool:
+            return len(first.writer.led) == SHARDS
+
+        await wait_until(alone, "the shards of the process that ended")
+        await first.held(uuid4(), 10)
+        await first.verified()
+
+
+async def test_another_number_of_shards_is_not_led_beside_the_present_one(lonely_url: str) -> None:
+    async with ledger_on(lonely_url) as ledger:
+        limits = ShardLimits(shards=SHARDS + 1, balance_interval_s=0.05, lock_interval_s=0.02)
+        metrics = BillingMetrics(CollectorRegistry())
+        other = Shards(
+            ledger.database, ledger.url, Nobody(), address="other", signup_credits=0, metrics=metrics, limits=limits
+        )
+        async with kept_running(other.run):
+            await ledger.held(uuid4(), 10)
+            await asyncio.sleep(0.3)
+            assert other.led == []
+            with pytest.raises(LedgerUnavailable):
+                await other.check()
+        assert await ledger.pool.fetchval("SELECT count(*) FROM billing.shard") == SHARDS
+
+
+class Nobody:
+    """No other process."""
+
+    async def forward(self, address: str, operation: Operation) -> Any:
+        raise LedgerUnavailable()
+
+
+async def test_a_full_queue_says_so_at_once(lonely_url: str, org_id: UUID) -> None:
+    limits = WriterLimits(operations_in_flight_max=5)
+    async with ledger_on(lonely_url, limits=limits) as ledger:
+        async with ledger.stalled(org_id):
+            waiting = [asyncio.create_task(ledger.writer.submit(place(org_id, 1))) for _ in range(20)]
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            refused = done.pop().exception()
+            assert isinstance(refused, LedgerUnavailable)
+            assert (refused.code, refused.status) == ("billing_overloaded", 503)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        held = sum(isinstance(answer, Held) for answer in answers)
+        assert held >= 5
+        assert (await ledger.wallet(org_id)).held == held
+
+
+async def test_one_operation_that_cannot_be_written_does_not_take_its_batch_with_it(
+    ledger: Ledger, org_id: UUID
+) -> None:
+    """A hold's id that another wallet has used: the primary key ends the batch."""
+    shard = shard_of(org_id, SHARDS)
+    wallets = [org_id, *(w for w in (uuid4() for _ in range(40)) if shard_of(w, SHARDS) == shard)]
+    for wallet in wallets:
+        await ledger.writer.submit(grant(wallet, 100))
+    taken = await ledger.held(wallets[1], 1, user_id=None)
+    async with ledger.stalled(org_id):
+        holds = [place(wallet, 10, user_id=None) for wallet in wallets]
+        holds[0] = place(org_id, 10, user_id=None, hold_id=taken.hold_id)
+        waiting = [asyncio.create_task(ledger.writer.submit(hold)) for hold in holds]
+        await wait_until(lambda: queued(ledger, org_id, len(holds)), "the batch")
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(answers[0], IdempotencyMismatch)
+    assert all(isinstance(answer, Held) for answer in answers[1:]), answers
+    await ledger.verified()
+
+
+async def queued(ledger: Ledger, org_id: UUID, operations: int) -> bool:
+    return ledger.writer.writer_of(org_id).waiting >= operations
+
+
+async def test_a_budget_of_a_key_or_a_member_limits_what_is_spent_and_held(ledger: Ledger, org_id: UUID) -> None:
+    key_id, member, other = uuid4(), uuid4(), uuid4()
+    await ledger.held(org_id, 1, user_id=other)
+    budget = """INSERT INTO billing.budget (wallet_id, subject, subject_id, period, amount, updated_at)
+        VALUES ($1, $2, $3, $4, $5, now())"""
+    await ledger.pool.execute(budget, org_id, "key", key_id, "day", 100)
+    await ledger.pool.execute(budget, org_id, "member", member, "month", 150)
+    first = await ledger.held(org_id, 80, key_id=key_id, user_id=member)
+    with pytest.raises(BudgetExceeded):
+        await ledger.held(org_id, 30, key_id=key_id, user_id=other)
+    await ledger.writer.submit(settle(org_id, first.hold_id, 50))
+    clamped = await ledger.held(org_id, 90, key_id=key_id, user_id=other, clamp=True)
+    assert clamped.output_tokens == 50
+    with pytest.raises(BudgetExceeded):
+        await ledger.held(org_id, 101, user_id=member)
+    assert (await ledger.held(org_id, 100, user_id=member)).amount == 100
+    assert (await ledger.held(org_id, 200, user_id=other)).amount == 200
+    await ledger.pool.execute("UPDATE billing.budget SET amount = 400 WHERE subject_id = $1", member)
+    await ledger.held(org_id, 101, user_id=member)
+
+
+async def test_the_days_sums_are_those_of_the_usage(ledger: Ledger, org_id: UUID) -> None:
+    rng, key_id = random.Random(3), uuid4()
+    for n in range(12):
+        held = await ledger.held(org_id, 50, key_id=key_id if n % 2 else None)
+        await ledger.writer.submit(settle(org_id, held.hold_id, rng.randint(0, 50)))
+    sums = """SELECT key_id, user_id, {} FROM billing.{} WHERE wallet_id = $1 GROUP BY 1, 2 ORDER BY 1, 2"""
+    days = await ledger.pool.fetch(sums.format("sum(requests), sum(output_tokens), sum(cost)", "usage_day"), org_id)
+    usage = await ledger.pool.fetch(sums.format("count(*), sum(output_tokens), sum(cost)", "usage"), org_id)
+    assert [tuple(row) for row in days] == [tuple(row) for row in usage]
+    assert len(days) == 12
+
+
+async def test_any_division_into_batches_leaves_what_one_by_one_leaves(lonely_url: str) -> None:
+    """The same operations, alone and in whatever batches come about."""
+    rng = random.Random(17)
+    async with ledger_on(lonely_url) as ledger:
+        outcomes: list[list[tuple[int, ...]]] = []
+        for at_once in (1, 7, 1_000):
+            rng.seed(17)
+            org_id = UUID(int=uuid4().int & ~0xFF)
+            await ledger.writer.submit(grant(org_id, SIGNUP_NANO))
+            holds = [place(org_id, rng.randint(1, 60), user_id=None) for _ in range(60)]
+            endings = [settle(org_id, hold.hold_id, rng.randint(0, 70)) for hold in holds]
+            figures = []
+            for operations in (holds, endings):
+                for start in range(0, len(operations), at_once):
+                    part = operations[start : start + at_once]
+                    answers = await asyncio.gather(*(ledger.writer.submit(op) for op in part), return_exceptions=True)
+                    figures += [figure(answer) for answer in answers]
+            wallet = await ledger.wallet(org_id)
+            outcomes.append([*figures, (wallet.balance, wallet.held, wallet.spent, wallet.receivable)])
+        assert outcomes[0] == outcomes[1] == outcomes[2]
+        await ledger.verified()
+
+
+def figure(answer: Any) -> tuple[int, ...]:
+    if isinstance(answer, TollgateError):
+        return (answer.status,)
+    if isinstance(answer, Held):
+        return answer.amount, answer.available
+    assert isinstance(answer, Settled), answer
+    return answer.cost, answer.settled, answer.receivable, answer.available

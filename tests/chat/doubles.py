@@ -12,7 +12,7 @@ from typing import Any
 from grpc import aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from shared.errors import PaymentRequired, TollgateError
+from shared.errors import PaymentRequired, TollgateError, to_metadata
 from shared.rpc import billing_pb2, billing_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 LENGTH_PREFIX = struct.Struct("<I")
@@ -161,6 +161,34 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
         self.voided.append(request)
         self.resolved.set()
         return billing_pb2.VoidReply()
+
+    async def Operate(self, requests: Any, context: Any) -> None:
+        """The operations of a stream, each answered when it is done."""
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        reading = asyncio.create_task(self._read(requests, answers))
+        try:
+            while True:
+                await context.write(billing_pb2.OperateReply(answers=[await answers.get()]))
+        finally:
+            reading.cancel()
+
+    async def _read(self, requests: Any, answers: asyncio.Queue[Any]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            async for request in requests:
+                for operation in request.operations:
+                    tasks.create_task(self._operate(operation, answers))
+
+    async def _operate(self, operation: Any, answers: asyncio.Queue[Any]) -> None:
+        name = operation.WhichOneof("request")
+        method = {"hold": self.Hold, "settle": self.Settle, "void": self.Void, "heartbeat": self.Heartbeat}[name]
+        try:
+            made = {name: await method(getattr(operation, name), None)}
+        except TollgateError as e:
+            made = {"error": to_metadata(e)}
+        answers.put_nowait(billing_pb2.Answer(id=operation.id, **made))
+
+    async def Heartbeat(self, _request: Any, _: Any) -> Any:
+        return billing_pb2.HeartbeatReply()
 
     async def ListPrices(self, _request: Any, _: Any) -> Any:
         if self.prices_outage is not None:

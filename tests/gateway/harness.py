@@ -237,17 +237,6 @@ class Directory:
             event = SessionEvent(id=0, session_id=UUID(session["sid"]), org_id=UUID(session["org"]), version=version)
             await ChangeChannel(self.redis).announce([event])
 
-    async def create_plan(self, limits: str) -> str:
-        """A plan like the default one, with more in its limits (JSON)."""
-        name = uuid4().hex
-        await self.connection.execute(
-            "INSERT INTO auth.plan (name, description, limits) "
-            "SELECT $1, description, limits || $2::text::jsonb FROM auth.plan WHERE name = 'default'",
-            name,
-            limits,
-        )
-        return name
-
     async def _create_owner(self, roles: tuple[str, ...], plan: str) -> tuple[UUID, UUID]:
         user_id, org_id = uuid4(), uuid4()
         name = user_id.hex

@@ -5,6 +5,7 @@ import re
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from pydantic import ValidationError
@@ -222,8 +223,20 @@ async def test_ceilings_of_users_and_organisations_hold_over_all_their_keys(
         assert "limit of the user of 4 requests per minute" in refused.json()["error"]["message"]
 
     limits = '{"user": {"minute": 100}, "organization": {"minute": 2, "concurrency": 9}}'
-    plan = await directory.create_plan(limits)
+    plan = await _create_plan(directory, limits)
     third = await directory.create_key(plan=plan)
     async with gateway(configured) as running:
         statuses = [(await running.http.get("/v1/models", headers=third.headers)).status_code for _ in range(3)]
     assert statuses == [200, 200, 429]
+
+
+async def _create_plan(directory: Directory, limits: str) -> str:
+    """A plan like the default one, with more in its limits (JSON)."""
+    name = uuid4().hex
+    await directory.connection.execute(
+        "INSERT INTO auth.plan (name, description, limits) "
+        "SELECT $1, description, limits || $2::text::jsonb FROM auth.plan WHERE name = 'default'",
+        name,
+        limits,
+    )
+    return name

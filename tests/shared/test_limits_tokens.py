@@ -4,13 +4,11 @@ says truly when to come back. The script against a brute-force list; then races,
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 import pytest
-import pytest_asyncio
 
 from shared.clock import FixedClock, SystemClock
 from shared.limits import RedisLink, Script, TokenLimiter, TokenSubject, token_headers
@@ -21,13 +19,6 @@ from tests.gateway.outages import eventually
 from tests.shared.limits_oracle import EPOCH, HOUR, MINUTE, SECOND, arrivals
 
 CLOCK_CALL = "redis.call('TIME')"
-
-
-@pytest_asyncio.fixture
-async def link(components: Components) -> AsyncIterator[RedisLink]:
-    async with RedisLink(components.redis_url, client_name="test-tokens", timeout_ms=5_000) as link:
-        assert link.up
-        yield link
 
 
 def subject(quota: int) -> TokenSubject:

@@ -203,6 +203,18 @@ class BillingMetrics:
             "tollgate_billing_holds_expired_total", "Holds that the sweeper settled.", registry=registry
         )
         self.wallets_frozen = Gauge("tollgate_billing_wallets_frozen", "Wallets frozen.", registry=registry)
+        self.topups = Counter(
+            "tollgate_billing_topups_total",
+            "Top-ups by what became of them: paid, failed, mismatch (another amount or currency was paid).",
+            ["provider", "outcome"],
+            registry=registry,
+        )
+        self.webhooks = Counter(
+            "tollgate_billing_webhook_attempts_total",
+            "Attempts to deliver a webhook: delivered, pending (to be tried again), failed (given up).",
+            ["outcome"],
+            registry=registry,
+        )
         self.discrepancies = Counter(
             "tollgate_billing_discrepancies_total",
             "Differences that the reconciler found, by check; each freezes its wallet.",

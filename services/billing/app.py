@@ -44,7 +44,7 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     app = web.create_app(
         "billing", ring=ring, registry=registry, readiness=readiness, description="Wallets, prices and the ledger."
     )
-    tasks = open_storefront(app, settings, database, ledger, stack)
+    tasks = open_storefront(app, settings, database, ledger, metrics, stack)
 
     server = grpc.create_server(ring, GrpcMetrics(registry, "billing"))
     add_LedgerServicer_to_server(Servicer(ledger, Prices(database)), server)

@@ -33,6 +33,7 @@ from services.billing.storefront_settings import StorefrontSettings
 from services.billing.webhooks.sender import WebhookSender
 from services.billing.webhooks.signature import SecretRing
 from shared.clock import SystemClock
+from shared.telemetry import BillingMetrics
 
 NOUNS = (wallet, transactions, usage, invoices, topups, budgets, webhooks, prices, native, admin)
 
@@ -40,7 +41,12 @@ Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
 
 def open_storefront(
-    app: FastAPI, settings: StorefrontSettings, database: Database, ledger: Ledger, stack: AsyncExitStack
+    app: FastAPI,
+    settings: StorefrontSettings,
+    database: Database,
+    ledger: Ledger,
+    metrics: BillingMetrics,
+    stack: AsyncExitStack,
 ) -> Tasks:
     """Give the application its services and routes; what has to run beside them."""
     app.state.wallets = Wallets(database, ledger)
@@ -52,7 +58,7 @@ def open_storefront(
     providers = _providers(settings)
     for provider in providers.values():
         stack.push_async_callback(provider.close)
-    app.state.topups = TopUps(database, ledger, providers, _terms(settings), SystemClock())
+    app.state.topups = TopUps(database, ledger, providers, _terms(settings), SystemClock(), metrics)
 
     keys = settings.billing_secret_keys
     ring = None if keys is None else SecretRing(keys.get_secret_value())
@@ -68,12 +74,12 @@ def open_storefront(
     }
     if ring is not None:
         tasks["alerts"] = partial(app.state.alerts.run, settings.billing_alert_interval_s)
-        tasks["webhooks"] = _deliveries(settings, database, ring, stack).run
+        tasks["webhooks"] = _deliveries(settings, database, ring, metrics, stack).run
     return tasks
 
 
 def _deliveries(
-    settings: StorefrontSettings, database: Database, ring: SecretRing, stack: AsyncExitStack
+    settings: StorefrontSettings, database: Database, ring: SecretRing, metrics: BillingMetrics, stack: AsyncExitStack
 ) -> Deliveries:
     limits = DeliveryLimits(
         retries_s=settings.billing_webhook_retries_s,
@@ -89,7 +95,7 @@ def _deliveries(
         private=settings.billing_webhook_private,
     )
     stack.push_async_callback(sender.close)
-    return Deliveries(database, sender, ring, limits)
+    return Deliveries(database, sender, ring, limits, metrics)
 
 
 def _providers(settings: StorefrontSettings) -> dict[str, PaymentProvider]:

@@ -146,6 +146,7 @@ async def test_webhooks_in_any_order_and_number_credit_once(
     assert {await status(shop, who, t["id"]) for t in topups} == {"paid"}
     stored = await ledger.pool.fetch("SELECT DISTINCT status FROM billing.topup WHERE wallet_id = $1", org_id)
     assert [row[0] for row in stored] == ["paid"]
+    assert 'tollgate_billing_topups_total{outcome="paid",provider="stripe"}' in (await shop.http.get("/metrics")).text
     await ledger.verified()
 
 

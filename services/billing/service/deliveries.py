@@ -16,7 +16,7 @@ from services.billing.repository.database import Database
 from services.billing.repository.webhooks import Leased
 from services.billing.webhooks.sender import Outcome, WebhookSender
 from services.billing.webhooks.signature import SecretName, SecretRing
-from shared.telemetry import get_logger
+from shared.telemetry import BillingMetrics, get_logger
 
 log = get_logger(__name__)
 
@@ -40,8 +40,16 @@ class DeliveryLimits:
 class Deliveries:
     """One for the life of the process; any number of processes share the work."""
 
-    def __init__(self, database: Database, sender: WebhookSender, ring: SecretRing, limits: DeliveryLimits) -> None:
+    def __init__(
+        self,
+        database: Database,
+        sender: WebhookSender,
+        ring: SecretRing,
+        limits: DeliveryLimits,
+        metrics: BillingMetrics,
+    ) -> None:
         self._database = database
+        self._metrics = metrics
         self._sender = sender
         self._ring = ring
         self._limits = limits
@@ -88,6 +96,7 @@ class Deliveries:
             response_status=outcome.status,
             error=outcome.error,
         )
+        self._metrics.webhooks.labels(status).inc()
         if outcome.is_gone:
             await repository.set_disabled(self._database, leased.endpoint_id, GONE)
         if status == "failed":

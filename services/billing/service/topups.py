@@ -37,7 +37,7 @@ from shared.clock import Clock
 from shared.errors import InvalidRequest, TollgateError
 from shared.ids import uuid7
 from shared.money import NANO_PER_CREDIT, format_credits
-from shared.telemetry import get_logger
+from shared.telemetry import BillingMetrics, get_logger
 
 log = get_logger(__name__)
 
@@ -81,12 +81,14 @@ class TopUps:
         providers: Mapping[str, PaymentProvider],
         terms: TopUpTerms,
         clock: Clock,
+        metrics: BillingMetrics,
     ) -> None:
         self._database = database
         self._ledger = ledger
         self._providers = providers
         self._terms = terms
         self._clock = clock
+        self._metrics = metrics
         self._advancing: dict[UUID, asyncio.Task[None]] = {}
 
     async def start(
@@ -214,9 +216,11 @@ class TopUps:
             return
         if report.state is PaymentState.FAILED:
             await repository.mark_failed(self._database, topup.id, "not paid")
+            self._metrics.topups.labels(topup.provider, "failed").inc()
             return
         if (report.currency, report.money_minor) != (topup.currency, topup.money_minor):
             log.error("payment_of_another_amount", topup_id=str(topup.id), currency=report.currency)
+            self._metrics.topups.labels(topup.provider, "mismatch").inc()
             await repository.mark_failed(self._database, topup.id, "paid another amount: ask the operator")
             return
         await self._ledger.submit(
@@ -234,4 +238,5 @@ class TopUps:
             )
         )
         await repository.mark_paid(self._database, topup.id)
+        self._metrics.topups.labels(topup.provider, "paid").inc()
         log.info("topup_paid", topup_id=str(topup.id), wallet_id=str(topup.wallet_id), provider=topup.provider)

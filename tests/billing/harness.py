@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +305,11 @@ async def owner(owner_url: str) -> Any:
 
 @contextmanager
 def service_process(
-    owner_url: str, http_port: int, grpc_port: int, settings: Mapping[str, str] | None = None
+    owner_url: str,
+    http_port: int,
+    grpc_port: int,
+    settings: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("services.billing",),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m services.billing`, as the launcher starts it. Killed at the end if it still runs."""
     environment = {
@@ -321,7 +325,7 @@ def service_process(
         **(settings or {}),
     }
     # Its errors come out with those of a test that fails.
-    process = subprocess.Popen([sys.executable, "-m", "services.billing"], cwd=ROOT, env=environment)
+    process = subprocess.Popen([sys.executable, "-m", *program], cwd=ROOT, env=environment)
     try:
         yield process
     finally:

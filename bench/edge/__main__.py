@@ -1,0 +1,141 @@
+"""`make bench-edge`: what the gateway costs a request and a streamed chunk, beside others, in one run.
+
+One core has the contender, the others have everything else. Processor time a request, from /proc/PID/stat, is the
+figure that holds on a busy machine; requests a second depend on the load's share as well. Latency is what a contender
+adds to the service itself, at 50 requests a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any
+
+from bench import report
+from bench.edge import contenders, others
+from bench.edge.contenders import Contender
+from bench.edge.stores import running as stores_running
+from bench.stack import ROOT
+
+CONNECTIONS = 32
+STREAMS = 32
+GAP_MS = 10
+PACED_RATE = 50
+ROUNDS = 2
+
+
+def load(contender: Contender, **job: Any) -> dict[str, Any]:
+    """Run the load against a contender; its report, with `cpu_s` of the contender meanwhile."""
+    whole = {"url": contender.url, "headers": dict(contender.headers), "connections": CONNECTIONS, **job}
+    before_s = contender.cpu_s()
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.edge.load", json.dumps(whole)], cwd=ROOT, check=True, stdout=subprocess.PIPE
+    )
+    result: dict[str, Any] = json.loads(ran.stdout)
+    if result["others"]:
+        raise RuntimeError(f"{contender.name} answered {result['others']}")
+    return result | {"cpu_s": contender.cpu_s() - before_s}
+
+
+def measure(contender: Contender, seconds: float) -> dict[str, Any]:
+    """One round of one contender."""
+    load(contender, mode="saturate", seconds=1.0)  # warm-up
+    rss_before_mb = contender.rss_mb()
+    full = load(contender, mode="saturate", seconds=seconds)
+    chunks = int(seconds * 1000 / GAP_MS * 0.9)
+    stream = load(contender, mode="stream", seconds=seconds, connections=STREAMS, chunks=chunks, gap_ms=GAP_MS)
+    paced = load(contender, mode="paced", seconds=2 * seconds, rate=PACED_RATE, connections=8)
+    return {
+        "path": contender.name,
+        "requests_per_s": full["answers"] / full["seconds"],
+        "cpu_us_request": 1e6 * full["cpu_s"] / max(1, full["answers"]),
+        "chunks_per_s": stream["events"] / stream["seconds"],
+        "cpu_us_chunk": 1e6 * stream["cpu_s"] / max(1, stream["events"]),
+        "p50_ms": report.percentile(paced["latencies_ms"], 0.5),
+        "p99_ms": report.percentile(paced["latencies_ms"], 0.99),
+        "rss_mb": contender.rss_mb(),
+        "rss_growth_mb": contender.rss_mb() - rss_before_mb,
+    }
+
+
+def best(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several rounds each figure's best: what disturbs a measurement only ever adds."""
+    rows = {key: min(row[key] for row in rounds) for key in rounds[0]}
+    return rows | {key: max(row[key] for row in rounds) for key in ("requests_per_s", "chunks_per_s", "rss_mb")}
+
+
+def with_added_latency(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Latencies as what is added to asking the service directly."""
+    itself = next(row for row in rows if row["path"] == "direct")
+    found = []
+    for row in rows:
+        added = {f"added_{name}": max(0.0, row[name] - itself[name]) for name in ("p50_ms", "p99_ms")}
+        found.append({key: value for key, value in row.items() if key not in ("p50_ms", "p99_ms")} | added)
+    return found
+
+
+def aims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where ours should stand beside the others."""
+    by_path = {row["path"]: row for row in rows}
+    ours = by_path["tollgate"]
+    found = []
+
+    def below(name: str, key: str, path: str, factor: float) -> None:
+        if path in by_path:
+            ratio = ours[key] / by_path[path][key]
+            found.append(report.aim(f"{name} / {path}", ratio, f"<= {factor}", met=ratio <= factor))
+
+    below("CPU a request", "cpu_us_request", "nginx auth_request", 1.0)
+    below("CPU a request", "cpu_us_request", "bare relay", 0.5)
+    below("CPU a chunk", "cpu_us_chunk", "nginx", 1.3)
+    below("CPU a request", "cpu_us_request", "sglang-router", 1.0)
+    below("CPU a request", "cpu_us_request", "litellm", 1 / 200)
+    for key, bound in (("added_p50_ms", 0.5), ("added_p99_ms", 2.0), ("rss_growth_mb", 8.0)):
+        found.append(report.aim(key, ours[key], f"<= {bound}", met=ours[key] <= bound))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.edge", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--only", default="", help="names of contenders, separated by commas")
+    parser.add_argument("--with-litellm", action="store_true", help="fetch LiteLLM's proxy and measure it too")
+    parser.add_argument("--with-sglang", action="store_true", help="fetch sglang-router and measure it too")
+    options = parser.parse_args()
+    own, rest = contenders.cores()
+    os.sched_setaffinity(0, rest)
+    with ExitStack() as stack:
+        stores = stack.enter_context(stores_running())
+        service = stack.enter_context(contenders.service(rest))
+        makers: dict[str, Callable[[], AbstractContextManager[Contender]]] = {
+            "direct": partial(contenders.direct, service),
+            "tollgate": partial(contenders.gateway, own, service, stores),
+            "bare relay": partial(contenders.bare, own, service),
+        }
+        binary = stack.enter_context(others.nginx_binary())
+        if binary:
+            makers["nginx"] = partial(contenders.nginx, own, service, binary, auth=False)
+            makers["nginx auth_request"] = partial(contenders.nginx, own, service, binary, auth=True)
+        if options.with_sglang:
+            makers["sglang-router"] = partial(others.sglang_router, own, service)
+        if options.with_litellm:
+            makers["litellm"] = partial(others.litellm, own, service, stores)
+        wanted = [name for name in options.only.split(",") if name] or list(makers)
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in makers if name in {"direct", *wanted}}
+        for number in range(ROUNDS):
+            for name, row in rounds.items():
+                with makers[name]() as contender:
+                    row.append(measure(contender, options.seconds))
+                print(f"round {number + 1}: {name}", file=sys.stderr)
+    rows = with_added_latency([best(r) for r in rounds.values()])
+    report.write("edge", rows, aims(rows) if "tollgate" in rounds else [])
+
+
+if __name__ == "__main__":
+    main()

@@ -133,6 +133,11 @@ class WebhookNotFound(NotFound):
     default_message = "There is no webhook of this id in this wallet."
 
 
+class WebhookDisabled(Conflict):
+    default_code = "webhook_disabled"
+    default_message = "Nothing is delivered to this webhook. Enable it first."
+
+
 class TooManyEndpoints(Conflict):
     default_code = "too_many_webhooks"
     default_message = "A wallet has at most ten webhooks. Remove one first."

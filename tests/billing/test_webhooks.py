@@ -20,9 +20,11 @@ from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from services.billing.errors import UnsafeDestination
+from services.billing.repository import webhooks as repository
 from services.billing.webhooks.destination import PublicResolver, check_url, is_public
 from services.billing.webhooks.sender import WebhookSender
 from shared.identity import Identity
+from shared.ids import uuid7
 from tests.billing.harness import IDENTITY_KEYS, App, Ledger, grant, person, running, settle, signed, wait_until
 
 WEBHOOKS = "/api/v1/billing/webhooks"
@@ -194,11 +196,27 @@ async def test_a_receiver_that_is_gone_gets_nothing_more_until_it_is_enabled(
         return found["disabled_reason"] is not None
 
     await wait_until(disabled, "the end of deliveries")
-    await sent_a_test(service, who, hook["id"])
-    assert len(receiver.received) == 1
+    assert [d["status"] for d in await deliveries(service, who, hook["id"])] == ["failed"]
+    test = await service.http.post(f"{WEBHOOKS}/{hook['id']}/test", headers=signed(who, **key()))
+    assert (test.status_code, test.json()["code"]) == (409, "webhook_disabled")
     enabled = await service.http.post(f"{WEBHOOKS}/{hook['id']}/enable", headers=signed(who, **key()))
     assert enabled.status_code == 204
-    await wait_until(lambda: receiver.count(2), "what had waited")
+    await sent_a_test(service, who, hook["id"])
+    await wait_until(lambda: receiver.count(2), "the next message")
+
+
+async def test_old_events_are_forgotten_with_their_deliveries(ledger: Ledger, org_id: UUID) -> None:
+    old, new = uuid7(1_600_000_000_000), uuid7()
+    for event_id in (old, new):
+        await ledger.pool.execute(
+            """INSERT INTO billing.webhook_event (id, wallet_id, type, body, created_at)
+            VALUES ($1, $2, 'webhook.test', '{}', now())""",
+            event_id,
+            org_id,
+        )
+    assert await repository.forget(ledger.database, uuid7(1_700_000_000_000), 10) == 1
+    left = await ledger.pool.fetch("SELECT id FROM billing.webhook_event WHERE wallet_id = $1", org_id)
+    assert [row[0] for row in left] == [new]
 
 
 async def test_a_process_that_dies_in_the_middle_of_an_attempt_loses_no_message(

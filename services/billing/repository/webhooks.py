@@ -9,6 +9,8 @@ from uuid import UUID
 
 from services.billing.repository.database import Connection, Database
 
+RANKED_MAX = 5_000  # deliveries that one lease looks at, however long the queue is
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -101,10 +103,19 @@ async def next_secret(connection: Connection, endpoint_id: UUID, grace_s: int) -
     )
 
 
-async def set_disabled(database: Database | Connection, endpoint_id: UUID, reason: str | None) -> None:
-    """Stop deliveries to an endpoint, or let them go on."""
+async def enable(connection: Connection, endpoint_id: UUID) -> None:
+    """Deliver what comes from now on."""
+    await connection.execute("UPDATE billing.webhook_endpoint SET disabled_reason = NULL WHERE id = $1", endpoint_id)
+
+
+async def disable(database: Database, endpoint_id: UUID, reason: str) -> None:
+    """Deliver no more, and give up what is on its way."""
     await database.fetchrow(
-        "UPDATE billing.webhook_endpoint SET disabled_reason = $2 WHERE id = $1 RETURNING id", endpoint_id, reason
+        """WITH endpoint AS (UPDATE billing.webhook_endpoint SET disabled_reason = $2 WHERE id = $1 RETURNING id)
+        UPDATE billing.webhook_delivery SET status = 'failed', error = 'disabled', updated_at = clock_timestamp()
+        WHERE endpoint_id = (SELECT id FROM endpoint) AND status = 'pending' RETURNING event_id""",
+        endpoint_id,
+        reason,
     )
 
 
@@ -149,8 +160,9 @@ async def lease(database: Database, lease_s: float, per_endpoint: int, limit: in
             SELECT event_id, endpoint_id FROM (
                 SELECT d.event_id, d.endpoint_id, d.due_at,
                     row_number() OVER (PARTITION BY d.endpoint_id ORDER BY d.due_at) AS place
-                FROM billing.webhook_delivery d JOIN billing.webhook_endpoint w ON w.id = d.endpoint_id
-                WHERE d.status = 'pending' AND d.due_at <= clock_timestamp() AND w.disabled_reason IS NULL) ranked
+                FROM (
+                    SELECT event_id, endpoint_id, due_at FROM billing.webhook_delivery
+                    WHERE status = 'pending' AND due_at <= clock_timestamp() ORDER BY due_at LIMIT $4) d) ranked
             WHERE place <= $2 ORDER BY due_at LIMIT $3),
         locked AS (
             SELECT d.event_id, d.endpoint_id FROM billing.webhook_delivery d JOIN due USING (event_id, endpoint_id)
@@ -164,6 +176,7 @@ async def lease(database: Database, lease_s: float, per_endpoint: int, limit: in
         lease_s,
         per_endpoint,
         limit,
+        RANKED_MAX,
     )
     return [Leased(*row) for row in rows]
 
@@ -192,15 +205,12 @@ async def record(
     )
 
 
-async def forget(database: Database, older_than_s: float, limit: int) -> int:
-    """Remove old events with their deliveries; how many."""
+async def forget(database: Database, before: UUID, limit: int) -> int:
+    """Remove events that are older than this id, with their deliveries; how many. Ids grow with time."""
     rows = await database.fetch(
         """DELETE FROM billing.webhook_event WHERE id IN (
-            SELECT e.id FROM billing.webhook_event e
-            WHERE e.created_at < clock_timestamp() - make_interval(secs => $1)
-            ORDER BY e.id LIMIT $2)
-        RETURNING id""",
-        older_than_s,
+            SELECT id FROM billing.webhook_event WHERE id < $1 ORDER BY id LIMIT $2) RETURNING id""",
+        before,
         limit,
     )
     return len(rows)

@@ -16,6 +16,7 @@ from services.billing.repository.database import Database
 from services.billing.repository.webhooks import Leased
 from services.billing.webhooks.sender import Outcome, WebhookSender
 from services.billing.webhooks.signature import SecretName, SecretRing
+from shared.ids import uuid7
 from shared.telemetry import BillingMetrics, get_logger
 
 log = get_logger(__name__)
@@ -62,7 +63,7 @@ class Deliveries:
             while True:
                 if time.monotonic() - forgotten_s > FORGET_INTERVAL_S:
                     forgotten_s = time.monotonic()
-                    await repository.forget(self._database, limits.kept_s, FORGOTTEN_AT_ONCE)
+                    await self._forget()
                 room = limits.in_flight_max - len(self._under_way)
                 lease_s = 2 * limits.timeout_s
                 for leased in await repository.lease(self._database, lease_s, limits.per_endpoint_max, room):
@@ -77,6 +78,11 @@ class Deliveries:
             for task in self._under_way:
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _forget(self) -> None:
+        before = uuid7(int((time.time() - self._limits.kept_s) * 1_000))
+        while await repository.forget(self._database, before, FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
+            continue
 
     async def _attempt(self, leased: Leased) -> None:
         versions = [leased.secret_version, *([leased.secret_version - 1] if leased.signs_before else [])]
@@ -98,7 +104,7 @@ class Deliveries:
         )
         self._metrics.webhooks.labels(status).inc()
         if outcome.is_gone:
-            await repository.set_disabled(self._database, leased.endpoint_id, GONE)
+            await repository.disable(self._database, leased.endpoint_id, GONE)
         if status == "failed":
             log.warning("webhook_given_up", endpoint_id=str(leased.endpoint_id), event_id=str(leased.event_id))
 

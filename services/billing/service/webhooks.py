@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
-from services.billing.errors import TooManyEndpoints, WebhookNotFound, WebhooksNotOffered
+from services.billing.errors import TooManyEndpoints, WebhookDisabled, WebhookNotFound, WebhooksNotOffered
 from services.billing.ledger.operations import OpenWallet
 from services.billing.ledger.writer import Ledger
 from services.billing.repository import webhooks as repository
@@ -90,21 +90,23 @@ class Webhooks:
         await once(self._database, author, "webhook_remove", {"org": org_id, "id": endpoint_id}, work)
 
     async def enable(self, author: Author, org_id: UUID, endpoint_id: UUID) -> None:
-        """Deliver again what is pending and what comes. Raises WebhookNotFound."""
+        """Deliver again what comes from now on. Raises WebhookNotFound."""
 
         async def work(connection: Connection) -> dict[str, object]:
             _one_of(await repository.lock_endpoints(connection, org_id), endpoint_id)
-            await repository.set_disabled(connection, endpoint_id, None)
+            await repository.enable(connection, endpoint_id)
             return {}
 
         await once(self._database, author, "webhook_enable", {"org": org_id, "id": endpoint_id}, work)
 
     async def test(self, author: Author, org_id: UUID, endpoint_id: UUID) -> UUID:
-        """Send an event that means nothing, to this endpoint only; its id. Raises WebhookNotFound."""
+        """Send an event that means nothing, to this endpoint only; its id. Raises WebhookNotFound, WebhookDisabled."""
         event_id = uuid7()
 
         async def work(connection: Connection) -> dict[str, object]:
-            _one_of(await repository.lock_endpoints(connection, org_id), endpoint_id)
+            found = _one_of(await repository.lock_endpoints(connection, org_id), endpoint_id)
+            if found.disabled_reason is not None:
+                raise WebhookDisabled()
             body = event_body(TEST_EVENT, {"org_id": str(org_id)})
             await repository.emit(connection, event_id, org_id, TEST_EVENT, body, [endpoint_id])
             return {"event_id": event_id}

@@ -15,7 +15,7 @@ from alembic import command
 from services.billing.tables import SERVICE_GRANTS
 from shared import database
 from shared.ids import uuid7
-from tests.billing.harness import ROLE, Ledger, ledger_on, migrate, owner, settle
+from tests.billing.harness import ROLE, Ledger, grant, ledger_on, migrate, owner, settle
 from tests.conftest import FreshDatabase, role_url
 
 BEFORE = "0002"
@@ -172,6 +172,27 @@ async def test_months_are_made_ahead_and_only_once(untouched: Ledger) -> None:
     assert timedelta(days=6 * 30) < horizon - datetime.now(UTC) < timedelta(days=7 * 31)
     assert tuple(await untouched.pool.fetchrow(months, 6)) == (horizon, 0)
     assert await untouched.pool.fetchval(count) - before == made
+
+
+async def test_months_are_made_while_operations_go_on(untouched: Ledger) -> None:
+    stopping = asyncio.Event()
+
+    async def customer(org_id: UUID) -> int:
+        await untouched.writer.submit(grant(org_id, 10**9))
+        done = 0
+        while not stopping.is_set():
+            held = await untouched.held(org_id, 10)
+            await untouched.writer.submit(settle(org_id, held.hold_id, 4))
+            done += 1
+        return done
+
+    async with asyncio.TaskGroup() as group:
+        customers = [group.create_task(customer(uuid4())) for _ in range(8)]
+        for months in range(4, 10):
+            await untouched.pool.fetchrow("SELECT * FROM billing.make_partitions($1)", months)
+        stopping.set()
+    assert all(customer.result() > 0 for customer in customers)
+    await untouched.verified()
 
 
 @pytest.mark.parametrize("months", [0, -1, 25, 100_000])

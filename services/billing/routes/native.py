@@ -44,7 +44,7 @@ class ChargeBody(Body):
     description: Reason
 
 
-class RefundBody(Body):
+class PlainRefundBody(Body):
     """`charge_id` is a charge or a request's hold; without an amount, all that is left of it is given back."""
 
     charge_id: UUID
@@ -53,7 +53,7 @@ class RefundBody(Body):
     org_id: UUID | None = None
 
 
-class BalanceAnswer(BaseModel):
+class PlainBalanceAnswer(BaseModel):
     success: bool = True
     org_id: UUID
     currency: str = CURRENCY
@@ -61,14 +61,14 @@ class BalanceAnswer(BaseModel):
     available: str = Field(description="What is not reserved by requests in flight.")
 
 
-class ChangeAnswer(BaseModel):
+class PlainChangeAnswer(BaseModel):
     success: bool = True
     id: UUID = Field(description="Of the grant or the charge; of a refund, what it gives back.")
     amount: str
     remaining_credits: str
 
 
-class TransactionAnswer(BaseModel):
+class PlainTransactionAnswer(BaseModel):
     id: UUID
     type: Literal["add", "charge"]
     kind: str
@@ -78,9 +78,9 @@ class TransactionAnswer(BaseModel):
     created_at: datetime
 
 
-class TransactionsAnswer(BaseModel):
+class PlainTransactionsAnswer(BaseModel):
     success: bool = True
-    transactions: list[TransactionAnswer]
+    transactions: list[PlainTransactionAnswer]
     next_cursor: str | None
 
 
@@ -90,7 +90,7 @@ class ModelAnswer(BaseModel):
     credits: str
 
 
-class SummaryAnswer(BalanceAnswer):
+class PlainSummaryAnswer(PlainBalanceAnswer):
     """`total_charged` is less refunds; `models` of this month."""
 
     total_added: str
@@ -99,13 +99,13 @@ class SummaryAnswer(BalanceAnswer):
 
 
 @router.get("/balance")
-async def balance(service: WalletService, org_id: OwnWallet, user_id: Person) -> BalanceAnswer:
+async def balance(service: WalletService, org_id: OwnWallet, user_id: Person) -> PlainBalanceAnswer:
     """What the caller's organisation has left."""
-    return BalanceAnswer(**_balance(await service.wallet(org_id, user_id)))
+    return PlainBalanceAnswer(**_balance(await service.wallet(org_id, user_id)))
 
 
 @router.post("/add", status_code=201)
-async def add(body: AddBody, service: WalletService, author: OperatorAuthor) -> ChangeAnswer:
+async def add(body: AddBody, service: WalletService, author: OperatorAuthor) -> PlainChangeAnswer:
     """For operators: put credits into a wallet."""
     org_id = body.org_id or author.tenant
     granted = await service.grant(author, org_id, body.amount, reason=body.description, expires_at=None)
@@ -113,14 +113,14 @@ async def add(body: AddBody, service: WalletService, author: OperatorAuthor) -> 
 
 
 @router.post("/charge", status_code=201)
-async def charge(body: ChargeBody, service: WalletService, author: CustomerAuthor) -> ChangeAnswer:
+async def charge(body: ChargeBody, service: WalletService, author: CustomerAuthor) -> PlainChangeAnswer:
     """Take credits from the caller's own wallet, whole or not at all: 402 when they are not there."""
     charged = await service.charge(author, author.tenant, body.amount, reason=body.description)
     return _change(charged.charge_id, charged.amount, charged.available)
 
 
 @router.post("/refund", status_code=201)
-async def refund(body: RefundBody, service: WalletService, author: OperatorAuthor) -> ChangeAnswer:
+async def refund(body: PlainRefundBody, service: WalletService, author: OperatorAuthor) -> PlainChangeAnswer:
     """For operators: give back what a charge or a request took."""
     org_id = body.org_id or author.tenant
     refunded = await service.refund(author, org_id, body.charge_id, body.amount, reason=body.description)
@@ -130,12 +130,12 @@ async def refund(body: RefundBody, service: WalletService, author: OperatorAutho
 @router.get("/transactions")
 async def transactions(
     history: HistoryService, org_id: OwnWallet, cursor: Cursor = None, limit: PageSize = PAGE_DEFAULT
-) -> TransactionsAnswer:
+) -> PlainTransactionsAnswer:
     """Newest first."""
     page = await transactions_page(history, org_id, TransactionFilter(), None, None, cursor, limit)
-    return TransactionsAnswer(
+    return PlainTransactionsAnswer(
         transactions=[
-            TransactionAnswer(
+            PlainTransactionAnswer(
                 id=row.id,
                 type="add" if row.kind in GIVING else "charge",
                 kind=row.kind,
@@ -151,11 +151,13 @@ async def transactions(
 
 
 @router.get("/summary")
-async def summary(service: WalletService, history: HistoryService, org_id: OwnWallet, user_id: Person) -> SummaryAnswer:
+async def summary(
+    service: WalletService, history: HistoryService, org_id: OwnWallet, user_id: Person
+) -> PlainSummaryAnswer:
     """What came in, what was spent, and on which models."""
     view = await service.wallet(org_id, user_id)
     sums, _ = await history.usage_sums(org_id, since=None, until=None, groups=("model",))
-    return SummaryAnswer(
+    return PlainSummaryAnswer(
         **_balance(view),
         total_added=format_credits(view.granted),
         total_charged=format_credits(view.spent),
@@ -173,5 +175,5 @@ def _balance(view: WalletView) -> dict[str, object]:
     }
 
 
-def _change(changed: UUID, amount: int, remaining: int) -> ChangeAnswer:
-    return ChangeAnswer(id=changed, amount=format_credits(amount), remaining_credits=format_credits(remaining))
+def _change(changed: UUID, amount: int, remaining: int) -> PlainChangeAnswer:
+    return PlainChangeAnswer(id=changed, amount=format_credits(amount), remaining_credits=format_credits(remaining))

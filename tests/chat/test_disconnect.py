@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.chat.conftest import LONG, Chat, asking, until
@@ -101,10 +102,11 @@ async def test_a_client_that_stops_reading_is_cut_off(chat: Chat) -> None:
     assert chat.ledger.settled[0].finish_reason == "cancelled"
 
 
-async def test_a_hundred_leavers_at_any_moment_leave_nothing_behind(chat: Chat) -> None:
+async def leave(chat: Chat, leavers: int) -> None:
+    """So many clients leave, at moments spread over the life of a request; and then there is nothing left of them."""
     chat.engine.chat = endless
     async with chat.client() as client:
-        for turn in range(100):
+        for turn in range(leavers):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.001 * (turn % 40 + 1)):
                     await client.post("/v1/chat/completions", json=asking(stream=turn % 2 == 0))
@@ -115,3 +117,18 @@ async def test_a_hundred_leavers_at_any_moment_leave_nothing_behind(chat: Chat) 
         await until(all_is_quiet)
     assert chat.ledger.settled
     assert chat.ledger.voided
+
+
+async def test_a_hundred_leavers_at_any_moment_leave_nothing_behind(chat: Chat) -> None:
+    await leave(chat, 100)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3_600)
+async def test_ten_thousand_leavers_leave_nothing_behind(chat: Chat) -> None:
+    process = psutil.Process()
+    await leave(chat, 100)
+    before = process.num_fds(), len(asyncio.all_tasks())
+    await leave(chat, 10_000)
+    assert process.num_fds() <= before[0] + 10
+    assert len(asyncio.all_tasks()) <= before[1] + 10

@@ -40,19 +40,23 @@ def test_killing_the_client_in_mid_stream_stops_the_engine_and_settles(
     unhurried_user: User, engine: Callable[[str], float], prices: Prices
 ) -> None:
     user, before = unhurried_user, engine("cancelled_total")
+
+    def engine_was_told() -> bool:
+        return engine("cancelled_total") > before
+
     for _ in range(ATTEMPTS_MAX):
         victim = subprocess.run(
             [sys.executable, "-c", VICTIM, user.url, "stream"], env={**os.environ, "KEY": user.key}, check=False
         )
         assert victim.returncode == -9, "the stream ended before its client was killed"
         until(lambda: user.wallet().held == 0, what="the hold is resolved")
-        if cancelled(user):
+        # The engine may have written the last word while the first was read: then nobody has to tell it.
+        if cancelled(user) and comes(engine_was_told, within_s=TOLD_WITHIN_S):
             break
     else:
         pytest.fail("every answer was complete before its client was killed")
-    until(lambda: engine("cancelled_total") > before, within_s=STOPPED_WITHIN_S, what="the engine was told")
     until(lambda: engine("slots_busy") == 0, within_s=STOPPED_WITHIN_S, what="the slot is free")
-    [settled] = cancelled(user)
+    settled = cancelled(user)[0]
     assert 0 < settled["output_tokens"] < 900
     cost = prices.of(*(settled[name] for name in ("input_tokens", "cached_input_tokens", "output_tokens")))
     assert Decimal(settled["cost"]) == cost

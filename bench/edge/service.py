@@ -2,7 +2,8 @@
 
     python -m bench.edge.service HOST:PORT
 
-POST of a small body: 1 KB of JSON. Of one that asks to stream: `chunks` server-sent events, `gap_ms` apart. GET
+POST of a small body: 1 KB of JSON. Of one that asks to stream: as many server-sent events, so many milliseconds
+apart, as its `user` says ("400,10"), which every proxy passes on. GET
 /auth: 204, for nginx's auth_request; any other GET: as the POST.
 """
 
@@ -49,9 +50,9 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if b'"stream": true' in self._body or b'"stream":true' in self._body:
-            job = json.loads(self._body)["metadata"]
+            chunks, gap_ms = json.loads(self._body)["user"].split(",")
             self._transport.write(STREAM)
-            self._next_chunk(int(job["chunks"]), int(job["gap_ms"]) / 1000)
+            self._next_chunk(int(chunks), int(gap_ms) / 1000)
         else:
             self._transport.write(EMPTY if self._url == b"/auth" else SMALL)
 

@@ -13,6 +13,7 @@ from tests.gateway.harness import IDENTITY_KEYS, PEPPERS, Backend, Directory, Ke
 from tests.gateway.outages import DEADLINE_S, eventually, free_port
 
 CHAT = "/v1/chat/completions"
+START_DEADLINE_S = 120.0
 
 
 async def start(port: int, components: Components, database_url: str, backend: Backend) -> asyncio.subprocess.Process:
@@ -134,18 +135,18 @@ async def test_a_rolling_restart_loses_no_request(
     done = asyncio.Event()
     try:
         for port in ports:
-            await eventually(lambda port=port: _listens(port))  # type: ignore[misc]
+            await eventually(lambda port=port: _listens(port), START_DEADLINE_S)  # type: ignore[misc]
         customers = [Customer([*ports[i % 2 :], *ports[: i % 2]], key) for i in range(6)]
         asking = [asyncio.create_task(customer.run(done)) for customer in customers]
         for i, port in enumerate(ports):
             before = sum(c.answered for c in customers)
-            await eventually(lambda: sum(c.answered for c in customers) > before + 100)  # noqa: B023 - used at once
+            await eventually(lambda: sum(c.answered for c in customers) > before + 100, START_DEADLINE_S)  # noqa: B023 - used at once
             running[i].send_signal(signal.SIGTERM)
-            await asyncio.wait_for(drained[i], DEADLINE_S)
+            await asyncio.wait_for(drained[i], START_DEADLINE_S)
             assert running[i].returncode == 0
             running[i] = await start(port, components, database_url, backend)
             drained[i] = asyncio.create_task(running[i].communicate())
-            await eventually(lambda port=port: _listens(port))  # type: ignore[misc]
+            await eventually(lambda port=port: _listens(port), START_DEADLINE_S)  # type: ignore[misc]
         done.set()
         await asyncio.gather(*asking)
         assert [c.lost for c in customers] == [[]] * len(customers)

@@ -47,7 +47,7 @@ async def build(settings: BillingSettings, stack: AsyncExitStack, readiness: Rea
     tasks = open_storefront(app, settings, database, ledger, metrics, stack)
 
     server = grpc.create_server(ring, GrpcMetrics(registry, "billing"))
-    add_LedgerServicer_to_server(Servicer(ledger, Prices(database)), server)
+    add_LedgerServicer_to_server(Servicer(ledger, Prices(database), readiness), server)
 
     sweeper = Sweeper(
         database,

@@ -22,6 +22,7 @@ from shared.errors import Internal, InvalidRequest, TollgateError, to_metadata
 from shared.rpc import billing_pb2 as pb
 from shared.rpc.billing_pb2_grpc import LedgerServicer
 from shared.telemetry import get_logger
+from shared.web import Readiness
 
 log = get_logger(__name__)
 
@@ -31,14 +32,16 @@ TEXT_CHARS_MAX = 200
 DURATION_MS_MAX = 7 * 24 * 3600 * 1000
 UUID_VERSION_SORTED = 7
 STREAM_OPERATIONS_MAX = 10_000
+DRAIN_CHECK_S = 0.2
 
 
 class Servicer(LedgerServicer):
     """Every method raises the ledger's refusals and LedgerUnavailable; InvalidRequest for a malformed message."""
 
-    def __init__(self, ledger: Shards, prices: Prices) -> None:
+    def __init__(self, ledger: Shards, prices: Prices, readiness: Readiness) -> None:
         self._ledger = ledger
         self._prices = prices
+        self._readiness = readiness
 
     async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.HoldReply:
         return _held(await self._ledger.submit(_place(request)))
@@ -55,14 +58,23 @@ class Servicer(LedgerServicer):
     async def Operate(self, requests: AsyncIterator[pb.OperateRequest], context: Any) -> None:
         """Operations go on when the stream breaks; their client asks again with the same ids."""
         stream = _Stream(self._ledger)
-        writing = asyncio.create_task(stream.write_to(context))
+        tasks = [
+            asyncio.create_task(work)
+            for work in (stream.write_to(context), stream.read_from(requests), self._draining())
+        ]
         try:
-            async for request in requests:
-                for operation in request.operations:
-                    stream.begin(operation)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
             await stream.finish()
         finally:
-            writing.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _draining(self) -> None:
+        """Returns when the process is to end: a stream would go on for ever."""
+        while not self._readiness.draining:  # noqa: ASYNC110 - a flag of the runtime, looked at once a stream
+            await asyncio.sleep(DRAIN_CHECK_S)
 
     async def ListPrices(self, request: pb.ListPricesRequest, context: Any) -> pb.ListPricesReply:
         org_id = _optional_uuid(request.org_id, "org_id")
@@ -107,6 +119,12 @@ class _Stream:
         self._idle.clear()
         future.add_done_callback(partial(self._done, request.id, operation, kind))
 
+    async def read_from(self, requests: AsyncIterator[pb.OperateRequest]) -> None:
+        """Begin what comes, until the client sends no more."""
+        async for request in requests:
+            for operation in request.operations:
+                self.begin(operation)
+
     async def write_to(self, context: Any) -> None:
         """Send answers for ever, all that there are in one message."""
         while True:
@@ -118,7 +136,7 @@ class _Stream:
                 self._idle.set()
 
     async def finish(self) -> None:
-        """The client sends no more: answer what is under way."""
+        """Nothing more is read: answer what is under way."""
         await self._idle.wait()
 
     def _done(self, number: int, operation: Operation, kind: str, future: asyncio.Future[Result]) -> None:

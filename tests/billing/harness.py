@@ -187,7 +187,7 @@ async def ledger_on(
             limits=ShardLimits(shards=SHARDS, balance_interval_s=0.05, lock_interval_s=0.02),
             writer_limits=limits,
         )
-        add_LedgerServicer_to_server(Servicer(writer, prices), server)
+        add_LedgerServicer_to_server(Servicer(writer, prices, Readiness()), server)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(kept_running(writer.run))

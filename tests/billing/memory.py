@@ -44,7 +44,7 @@ class MemoryLedger:
                     raise outcome
                 return outcome
         batch = journal or self.journal(now)
-        key = kernel.memory_key(self.book, operation)
+        key = operation.keys[int(kernel.is_late(self.book, operation))]
         try:
             result = kernel.decide(batch, self.book, operation)
         except TollgateError:

@@ -53,6 +53,7 @@ class Pending:
     """An operation that waits for its transaction, and who waits for it."""
 
     operation: Operation
+    keys: tuple[str, ...]  # none for what is not remembered
     digest: bytes
     deadline_s: float
     waiters: list[asyncio.Future[Result]] = field(default_factory=list)
@@ -112,9 +113,8 @@ class Batch:
             self._memory.forget(self._wallets)
             raise
         failpoints.reached("batch_committed")
-        resolved = journal.rows.closed
         for book in self._books.values():
-            book.written(resolved)
+            book.written()
         self._memory.keep(self._books.values())
         return journal
 
@@ -136,10 +136,9 @@ class Batch:
         keys, owners = [], []
         for pending in self._pendings:
             operation = pending.operation
-            if operation.remembered:
-                for key in operation.keys:
-                    keys.append((operation.tenant, key))
-                    owners.append(id(pending))
+            for key in pending.keys:
+                keys.append((operation.tenant, key))
+                owners.append(id(pending))
         people = list({person for p in self._pendings if (person := self._newcomer(p.operation)) is not None})
         signups = [(person, f"signup:{person}") for person in people]
         look = await repository.first_look(self._connection, shard, self._wallets, [*keys, *signups])
@@ -212,6 +211,8 @@ class Batch:
             for book in self._books.values():
                 if book.wallet_id == hold.row.wallet_id:
                     book.holds[hold.row.id] = hold
+                    if hold.resolution is not None:
+                        book.resolved.append(hold.row.id)
                 else:
                     book.foreign.add(hold.row.id)
 
@@ -227,7 +228,7 @@ class Batch:
             self._welcome(journal, book, getattr(operation, "user_id", None))
         elif isinstance(operation, OpenWallet):
             self._welcome(journal, book, operation.user_id)
-        key = kernel.memory_key(book, operation)
+        late = kernel.is_late(book, operation)
         journal.op_id = journal.next_id()
         try:
             pending.result, pending.outcome = kernel.decide(journal, book, operation), "applied"
@@ -235,8 +236,8 @@ class Batch:
             pending.error, pending.outcome = e, e.code
             if e.code not in REFUSALS:
                 return
-        if operation.remembered:
-            _remember(journal, operation, key, pending.digest, pending.result, pending.error)
+        if pending.keys:
+            _remember(journal, operation, pending.keys[int(late)], pending.digest, pending.result, pending.error)
 
     def _welcome(self, journal: Journal, book: Book, person: UUID | None) -> None:
         """The sign-up grant, an operation of its own: once a person and once a wallet."""

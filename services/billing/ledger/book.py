@@ -13,7 +13,7 @@ I/O or looks at a clock; ids of rows come from who makes the journal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Literal, NamedTuple
@@ -206,6 +206,7 @@ class Book:
     foreign: set[UUID] = field(default_factory=set)
     spending: dict[tuple[Subject, UUID], Spending] = field(default_factory=dict)
     draws: dict[UUID, list[Draw]] = field(default_factory=dict)
+    resolved: list[UUID] = field(default_factory=list)
     balance: int = 0
     seq_written: int = 0
     is_new: bool = False
@@ -341,16 +342,15 @@ class Book:
         self.order.sort(key=Grant.order)
         self.balance += grant.account.left
 
-    def written(self, hold_ids: Iterable[UUID]) -> None:
+    def written(self) -> None:
         """The batch is committed: what is done for, of its holds and of the grants, is only in the database now."""
         self.is_new, self.seq_written = False, self.seq
         if any(grant.account.credits_posted == grant.account.debits_posted for grant in self.order):
             self.order = [grant for grant in self.order if grant.account.left > 0]
             self.grants = {grant.account.id: grant for grant in self.order}
-        for hold_id in hold_ids:
-            hold = self.holds.get(hold_id)
-            if hold is not None and hold.resolution is not None:
-                del self.holds[hold_id]
+        for hold_id in self.resolved:
+            self.holds.pop(hold_id, None)
+        self.resolved.clear()
         self.draws.clear()
         self.foreign.clear()
 

@@ -68,13 +68,12 @@ def decide(journal: Journal, book: Book, operation: Operation) -> Result:
     return result
 
 
-def memory_key(book: Book, operation: Operation) -> str:
-    """The key to remember an operation under, decided before it is applied."""
-    if isinstance(operation, Settle):
-        hold = book.holds.get(operation.hold_id)
-        if hold is not None and hold.resolution == "expire":
-            return operation.late_key
-    return operation.key
+def is_late(book: Book, operation: Operation) -> bool:
+    """Whether this settles a hold that has expired. Such a settlement is remembered under a key of its own."""
+    if not isinstance(operation, Settle):
+        return False
+    hold = book.holds.get(operation.hold_id)
+    return hold is not None and hold.resolution == "expire"
 
 
 def price_for(journal: Journal, op: PlaceHold) -> Price:
@@ -234,6 +233,7 @@ def _resolve(
         spending.held -= row.amount
     settled = _pay(journal, book, hold, cost, "usage", slices=hold.slices, effective_at=effective_at)
     hold.resolution = kind
+    book.resolved.append(row.id)
     journal.rows.opened.pop(row.id, None)
     journal.rows.closed.append(row.id)
     journal.rows.resolutions.append(Resolution(row.id, journal.op_id, kind, settled))

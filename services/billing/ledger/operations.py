@@ -179,6 +179,20 @@ class PlaceHold(Operation):
     def actor(self) -> str:
         return f"key:{self.key_id}" if self.key_id else f"user:{self.user_id}"
 
+    def body(self) -> tuple[object, ...]:
+        return (
+            self.wallet_id,
+            self.hold_id,
+            self.user_id,
+            self.key_id,
+            self.plan,
+            self.model,
+            self.worst_case,
+            self.clamp,
+            self.ttl_ms,
+            self.request_id,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Operation):
@@ -219,6 +233,9 @@ class Settle(Operation):
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key, self.late_key)
+
+    def body(self) -> tuple[object, ...]:
+        return (self.wallet_id, self.hold_id, self.usage, self.build, self.finish_reason, self.duration_ms)
 
 
 @dataclass(frozen=True, slots=True)

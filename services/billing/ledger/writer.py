@@ -103,12 +103,13 @@ class ShardWriter:
             raise NotLeading()
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         if not operation.remembered:
-            self._add(Pending(operation, b"", 0), answer)
+            self._add(Pending(operation, (), b"", 0), answer)
             return answer
-        key, digest = (operation.tenant, operation.key), operation.body_sha256()
+        keys, digest = operation.keys, operation.body_sha256()
+        key = (operation.tenant, keys[0])
         first = self._under_way.get(key)
         if first is None:
-            self._add(Pending(operation, digest, 0), answer)
+            self._add(Pending(operation, keys, digest, 0), answer)
             self._under_way[key] = self._queue[-1]
         elif first.digest == digest:
             first.waiters.append(answer)
@@ -237,9 +238,10 @@ class ShardWriter:
         pending.waiters.clear()
 
     def _done(self, pending: Pending) -> None:
-        operation = pending.operation
-        if operation.remembered and self._under_way.get((operation.tenant, operation.key)) is pending:
-            del self._under_way[operation.tenant, operation.key]
+        if pending.keys:
+            key = (pending.operation.tenant, pending.keys[0])
+            if self._under_way.get(key) is pending:
+                del self._under_way[key]
 
     def _count(self, kind: str, result: str, times: int = 1) -> None:
         self._metrics.operations.labels(kind, result).inc(times)

@@ -129,12 +129,13 @@ async def compose(
     await signing_keys.load()
     tokens = Tokens(signing_keys, settings.secret_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
-    attempts = _attempts(settings, sessions_of, clock)
+    sign_ins = _sign_ins(settings, stack)
+    attempts = _attempts(settings, sign_ins, clock)
     accounts = Accounts(sessions_of, passwords, attempts, outbox, clock)
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
     keys_of = Keys(sessions_of, peppers, outbox, clock, metrics, per_org_max=settings.auth_keys_per_org_max)
     limits = _session_limits(settings)
-    signed_in = Sessions(sessions_of, passwords, attempts, tokens, clock, outbox, metrics, limits)
+    signed_in = Sessions(sessions_of, sign_ins, passwords, attempts, tokens, clock, outbox, metrics, limits)
     oidc_clients = await _oidc_clients(settings, stack, clock)
     batch_max = settings.auth_prune_batch_max
     email = _email(settings, sessions_of, clock, metrics)
@@ -168,6 +169,19 @@ async def compose(
             keep_days=settings.auth_key_usage_days,
         ),
     )
+
+
+def _sign_ins(settings: AuthSettings, stack: AsyncExitStack) -> async_sessionmaker[AsyncSession]:
+    """Connections for sign-ins alone."""
+    engine = database.create_engine(
+        settings.auth_database_url.get_secret_value(),
+        application="tollgate-auth-sign-in",
+        pool_size=settings.auth_sign_in_database_pool_size,
+        pool_overflow=0,
+        pool_timeout_s=settings.auth_sign_in_database_wait_s,
+    )
+    stack.push_async_callback(engine.dispose)
+    return database.session_factory(engine)
 
 
 def _session_limits(settings: AuthSettings) -> SessionLimits:
@@ -263,5 +277,6 @@ def _passwords(settings: AuthSettings, metrics: AuthMetrics) -> Passwords:
         hasher,
         threads=settings.auth_argon2_threads,
         queue_max=settings.auth_argon2_queue_max,
+        nice=settings.auth_argon2_nice,
         jobs=metrics.password_jobs,
     )

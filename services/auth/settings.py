@@ -76,6 +76,9 @@ class AuthSettings(ServiceSettings):
     auth_argon2_parallelism: int = Field(default=1, ge=1)
     auth_argon2_threads: int = Field(default=2, ge=1)
     auth_argon2_queue_max: int = Field(default=64, ge=0)
+    auth_argon2_nice: int = Field(default=10, ge=0, le=19)
+    auth_sign_in_database_pool_size: int = Field(default=3, ge=1)
+    auth_sign_in_database_wait_s: int = Field(default=20, ge=1)
 
     auth_database_pool_size: int = Field(default=10, ge=1)
     auth_redis_timeout_ms: int = Field(default=100, ge=1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -33,7 +34,7 @@ class Gate(argon2.PasswordHasher):
 @contextmanager
 def pool(threads: int, queue_max: int) -> Iterator[tuple[Passwords, Gate, AuthMetrics]]:
     gate, metrics = Gate(), AuthMetrics(CollectorRegistry())
-    passwords = Passwords(gate, threads=threads, queue_max=queue_max, jobs=metrics.password_jobs)
+    passwords = Passwords(gate, threads=threads, queue_max=queue_max, nice=0, jobs=metrics.password_jobs)
     try:
         yield passwords, gate, metrics
     finally:
@@ -93,3 +94,22 @@ async def test_a_login_flood_does_not_stop_other_work(auth: Auth) -> None:
     flood = [asyncio.create_task(auth.login(f"nobody-{n}")) for n in range(50)]
     assert (await auth.call("GET", "/api/v1/keys", token=user.access_token)).status_code == 200
     assert {a.status_code for a in await asyncio.gather(*flood)} <= {401, 503}
+
+
+async def test_a_flood_of_sign_ins_is_turned_away_at_the_door_and_others_are_served(
+    owner_url: str, components: Components
+) -> None:
+    """Before a connection of the database is taken, and without an error but the honest one."""
+    async with running(owner_url, components.redis_url, auth_argon2_threads=1, auth_argon2_queue_max=2) as auth:
+        user, other = await auth.user(), await auth.user()
+        flood = [auth.login(user.username) for _ in range(60)]
+        refresh = auth.call("POST", "/api/v1/auth/refresh", json={"refresh_token": other.refresh_token})
+        key = auth.call("POST", "/api/v1/keys", token=other.access_token, json={"name": "k"})
+        *answers, refreshed, made = await asyncio.gather(*flood, refresh, key)
+        found = Counter((answer.status_code, answer.json().get("code")) for answer in answers)
+        assert set(found) <= {(200, None), (503, "sign_in_busy")}
+        assert found[200, None] >= 1
+        assert found[503, "sign_in_busy"] >= 1
+        assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
+        assert (refreshed.status_code, made.status_code) == (200, 201)
+        assert (await auth.login(user.username)).status_code == 200

@@ -1,16 +1,20 @@
 """argon2id in a bounded pool of threads.
 
 A hash costs tens of milliseconds of one core and its memory, on purpose. The pool keeps sign-ins from starving the
-rest of the process: `threads` at once, `queue_max` waiting, and beyond that an honest 503.
+rest of the process: `threads` at once, `queue_max` waiting, and beyond that an honest 503, given before anything is
+looked up. The threads yield the processor to everybody else (`nice`, on Linux, where threads have one of their own).
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,9 +40,12 @@ class Verdict:
 class Passwords:
     """Hashes and verifies. `close` ends the threads."""
 
-    def __init__(self, hasher: argon2.PasswordHasher, *, threads: int, queue_max: int, jobs: Gauge) -> None:
+    def __init__(self, hasher: argon2.PasswordHasher, *, threads: int, queue_max: int, nice: int, jobs: Gauge) -> None:
         self._hasher = hasher
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="argon2")
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="argon2", initializer=_yield_to_others, initargs=(nice,)
+        )
+        self._signing_in = 0
         self._capacity = threads + queue_max
         self._jobs = jobs
         self._pending = 0
@@ -57,6 +64,17 @@ class Passwords:
         if stored is None or not has_password or not correct:
             return Verdict(correct=False)
         return Verdict(correct=True, outdated=self._hasher.check_needs_rehash(stored))
+
+    @contextmanager
+    def sign_in(self) -> Iterator[None]:
+        """A place among those who are being signed in, as many as can wait for it. Raises PasswordQueueFull."""
+        if self._signing_in >= self._capacity:
+            raise PasswordQueueFull(retry_after_s=RETRY_AFTER_S)
+        self._signing_in += 1
+        try:
+            yield
+        finally:
+            self._signing_in -= 1
 
     def close(self) -> None:
         """Let running hashes end and refuse the waiting ones."""
@@ -83,3 +101,8 @@ class Passwords:
         with self._lock:
             self._pending -= 1
         self._jobs.dec()
+
+
+def _yield_to_others(nice: int) -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

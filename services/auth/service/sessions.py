@@ -51,9 +51,12 @@ class SessionLimits:
 
 
 class Sessions:
+    """Sign-ins have connections of their own (`sign_ins`), so that a flood of them leaves the others' alone."""
+
     def __init__(
         self,
         sessions: async_sessionmaker[AsyncSession],
+        sign_ins: async_sessionmaker[AsyncSession],
         passwords: Passwords,
         attempts: Attempts,
         tokens: Tokens,
@@ -63,6 +66,7 @@ class Sessions:
         limits: SessionLimits,
     ) -> None:
         self._sessions = sessions
+        self._sign_ins = sign_ins
         self._passwords = passwords
         self._attempts = attempts
         self._tokens = tokens
@@ -78,9 +82,10 @@ class Sessions:
         account; SignInBlocked; PasswordQueueFull.
         """
         try:
-            async with self._attempts.of(login, origin.address) as attempt:
-                account, new_hash = await self._login(login, password, origin, attempt)
-            pair = await self._open(account, new_hash, origin, browser)
+            with self._passwords.sign_in():
+                async with self._attempts.of(login, origin.address) as attempt:
+                    account, new_hash = await self._login(login, password, origin, attempt)
+                pair = await self._open(account, new_hash, origin, browser)
         except TollgateError as e:
             self._metrics.logins.labels(e.code).inc()
             raise
@@ -95,7 +100,7 @@ class Sessions:
 
     async def _login(self, login: str, password: str, origin: Origin, attempt: Attempt) -> tuple[Account, str | None]:
         """The account whose password it is, and its new hash where the old one is outdated."""
-        async with self._sessions() as session:
+        async with self._sign_ins() as session:
             account = await AccountRepository(session).find_by_login(login)
         try:
             verdict = await self._passwords.verify(account.password_hash if account else None, password)
@@ -123,7 +128,7 @@ class Sessions:
             address=origin.address,
             browser=browser,
         )
-        async with self._sessions.begin() as session:
+        async with self._sign_ins.begin() as session:
             if not await _confirm(AccountRepository(session), account, new_hash, now):
                 raise InvalidCredentials(detail="password or status changed meanwhile")
             repository = SessionRepository(session)
@@ -238,7 +243,7 @@ class Sessions:
             origin=origin,
             details={"reason": reason, **({"blocked_s": attempt.blocked_s} if attempt.blocked_s else {})},
         )
-        async with self._sessions.begin() as session:
+        async with self._sign_ins.begin() as session:
             await audit.append(session, entry, self._clock.now())
 
 

@@ -1,0 +1,1 @@
+"""make bench-auth: see __main__.py."""

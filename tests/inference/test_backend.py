@@ -4,17 +4,19 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deploy.local import processes
+from deploy.local.triton import regions
 from tests.inference.client import BackendClient, ModelError, Stream, chat, count
 from tests.inference.conftest import RunningTriton
 
 WAIT_S = 20.0
 LONG_TOKENS = 900  # about half a second of the one slot of `narrow`
-CANCELS = 200
+SPARE_DESCRIPTORS = 8  # what comes and goes
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -40,6 +42,10 @@ async def idle(backend: BackendClient, triton: RunningTriton, build: str) -> dic
 async def arrived(backend: BackendClient, build: str) -> None:
     """What was sent before this is in the model's hands: a later request has been answered."""
     await backend.send(build, count("are you there?")).all()
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 async def refusal(work: Awaitable[object]) -> str:
@@ -293,9 +299,13 @@ async def test_priority_and_turns_decide_who_is_next(backend: BackendClient, tri
     assert order == ["urgent", "a0", "b0", "a1"]
 
 
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cancels", [200, pytest.param(10_000, marks=pytest.mark.torture)])
 async def test_after_many_cancels_at_random_moments_nothing_is_held(
-    backend: BackendClient, triton: RunningTriton
+    backend: BackendClient, triton: RunningTriton, cancels: int
 ) -> None:
+    stub, stack_id = triton.stub("churned"), triton.server.layout.stack_id
+    descriptors, memory = open_files(stub), set(regions(stack_id))
     chance = random.Random(7)
     limit = asyncio.Semaphore(12)
 
@@ -310,7 +320,7 @@ async def test_after_many_cancels_at_random_moments_nothing_is_held(
                 await asyncio.sleep(after_s)
             stream.cancel()
 
-    await asyncio.gather(*(one() for _ in range(CANCELS)))
+    await asyncio.gather(*(one() for _ in range(cancels)))
     await eventually(lambda: triton.metrics("churned")["slots_busy"] == 0, "slots are held")
     # All four slots take work: four streams have begun before any of them ends.
     streams = [backend.send("churned", chat(tokens=400)) for _ in range(4)]
@@ -320,6 +330,8 @@ async def test_after_many_cancels_at_random_moments_nothing_is_held(
         assert chunks[-1]["usage"]["completion_tokens"] == 400
     figures = triton.metrics("churned")
     assert figures["queue_depth"] == 0
+    assert open_files(stub) <= descriptors + SPARE_DESCRIPTORS
+    assert set(regions(stack_id)) == memory
 
 
 async def test_unloading_lets_a_stream_finish_and_loading_brings_the_build_back(backend: BackendClient) -> None:

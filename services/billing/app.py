@@ -99,7 +99,7 @@ def _open_ledger(
         database,
         settings.billing_database_url.get_secret_value(),
         peers,
-        address=settings.billing_grpc_advertise or settings.billing_grpc_listen,
+        address=settings.grpc_address,
         signup_credits=settings.signup_nano,
         metrics=metrics,
         limits=ShardLimits(shards=settings.billing_shards),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -43,6 +45,13 @@ class BillingSettings(StorefrontSettings):
         except TollgateError as e:
             raise ValueError(e.message) from None
         return value
+
+    @property
+    def grpc_address(self) -> str:
+        """Where the other processes reach this one: by its host's name when it listens everywhere."""
+        host, _, port = self.billing_grpc_listen.rpartition(":")
+        everywhere = host in ("0.0.0.0", "[::]", "")  # noqa: S104 - compared, not bound
+        return self.billing_grpc_advertise or f"{socket.gethostname() if everywhere else host}:{port}"
 
     @property
     def signup_nano(self) -> int:

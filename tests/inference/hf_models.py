@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import torch
+import torch  # type: ignore[import-not-found]  # in .venv-models
 import transformers
 
 TOKENS = 400

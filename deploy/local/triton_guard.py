@@ -30,8 +30,8 @@ from deploy.local.triton import STUB, reap, regions
 
 LOOK_INTERVAL_S = 1.0
 SWEEP_INTERVAL_S = 5.0
-HEALTH_TIMEOUT_S = 2.0
-SILENCE_S = float(os.environ.get("TOLLGATE_TRITON_SILENCE_S", "20"))
+HEALTH_TIMEOUT_S = 5.0
+SILENCE_S = float(os.environ.get("TOLLGATE_TRITON_SILENCE_S", "30"))
 SUPERSEDED_S = float(os.environ.get("TOLLGATE_TRITON_SUPERSEDED_S", "900"))
 ORPHAN_AGE_S = 30.0  # a region exists for a moment before the stub that it is for
 PR_SET_PDEATHSIG = 1

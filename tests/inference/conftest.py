@@ -36,7 +36,7 @@ MODELS = ROOT / "triton_models"
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 30
 PR_SET_PDEATHSIG = 1
-GUARD = {"TOLLGATE_TRITON_SILENCE_S": "10", "TOLLGATE_TRITON_SUPERSEDED_S": "3"}
+GUARD = {"TOLLGATE_TRITON_SILENCE_S": "15", "TOLLGATE_TRITON_SUPERSEDED_S": "3"}
 
 BUILDS: dict[str, tuple[str, dict[str, int | str]]] = {
     "plain": ("chat-mini-q8_0", {"slots": 4}),

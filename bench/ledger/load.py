@@ -26,6 +26,7 @@ class Result:
     pairs: int = 0
     seconds: float = 0.0
     cpu_s: float = 0.0
+    server_cpu_s: float = 0.0
     pair_ms: list[float] = field(default_factory=list)
 
     @property
@@ -36,6 +37,11 @@ class Result:
     def cpu_us_per_pair(self) -> float:
         """Processor time of this process."""
         return self.cpu_s / self.pairs * 1e6 if self.pairs else 0.0
+
+    @property
+    def cpu_us_per_operation(self) -> float:
+        """Processor time of this process and of the database: what a busy machine does not blur."""
+        return (self.cpu_s + self.server_cpu_s) / (self.pairs * OPERATIONS_PER_PAIR) * 1e6 if self.pairs else 0.0
 
     def latency_ms(self, share: float) -> float:
         return percentile(self.pair_ms, share)
@@ -56,7 +62,15 @@ class Popularity:
         return self._sequence[self._next]
 
 
-async def closed(pair: Pair, popularity: Popularity, *, clients: int, seconds: float, warm_up_s: float = 2.0) -> Result:
+async def closed(
+    pair: Pair,
+    popularity: Popularity,
+    *,
+    clients: int,
+    seconds: float,
+    server_cpu_s: Callable[[], float],
+    warm_up_s: float = 2.0,
+) -> Result:
     """So many clients, each with one pair at a time. What happens in the first `warm_up_s` does not count."""
     result, counting, stopping = Result(), False, False
 
@@ -72,10 +86,11 @@ async def closed(pair: Pair, popularity: Popularity, *, clients: int, seconds: f
         for _ in range(clients):
             group.create_task(client())
         await asyncio.sleep(warm_up_s)
-        began_s, cpu_s, counting = time.perf_counter(), _cpu_s(), True
+        began_s, cpu_s, of_server_s, counting = time.perf_counter(), _cpu_s(), server_cpu_s(), True
         await asyncio.sleep(seconds)
         counting = False
         result.seconds, result.cpu_s = time.perf_counter() - began_s, _cpu_s() - cpu_s
+        result.server_cpu_s = server_cpu_s() - of_server_s
         stopping = True
     return result
 

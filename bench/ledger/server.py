@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from bench.stack import free_port
 from deploy.local.postgres import SUPERUSER, Postgres
@@ -48,6 +51,15 @@ class Server:
     @property
     def superuser_url(self) -> str:
         return self.postgres.url(user=SUPERUSER)
+
+    def cpu_s(self) -> float:
+        """Processor time of its processes that run now: compare while the same connections are open."""
+        postmaster = psutil.Process(int((self.postgres.data / "postmaster.pid").read_text().split()[0]))
+        total = 0.0
+        for process in postmaster.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += sum(process.cpu_times()[:2])
+        return total
 
     def settle_down(self) -> None:
         """Statistics, visibility and checkpoint as they are in a database that has run for a while."""

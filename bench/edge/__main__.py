@@ -44,20 +44,23 @@ def load(contender: Contender, **job: Any) -> dict[str, Any]:
     return result | {"cpu_s": contender.cpu_s() - before_s}
 
 
-def measure(contender: Contender, seconds: float) -> dict[str, Any]:
-    """One round of one contender."""
+def measure(contender: Contender, seconds: float) -> dict[str, Any] | None:
+    """One round of one contender; None when it answered nothing, from which no figure follows."""
     load(contender, mode="saturate", seconds=1.0)  # warm-up
     rss_before_mb = contender.rss_mb()
     full = load(contender, mode="saturate", seconds=seconds)
     chunks = int(seconds * 1000 / GAP_MS * 0.9)
     stream = load(contender, mode="stream", seconds=seconds, connections=STREAMS, chunks=chunks, gap_ms=GAP_MS)
+    if not full["answers"] or not stream["events"]:
+        print(f"{contender.name} answered nothing within {seconds} s: no figures", file=sys.stderr)
+        return None
     paced = load(contender, mode="paced", seconds=2 * seconds, rate=PACED_RATE, connections=8)
     return {
         "path": contender.name,
         "requests_per_s": full["answers"] / full["seconds"],
-        "cpu_us_request": 1e6 * full["cpu_s"] / max(1, full["answers"]),
+        "cpu_us_request": 1e6 * full["cpu_s"] / full["answers"],
         "chunks_per_s": stream["events"] / stream["seconds"],
-        "cpu_us_chunk": 1e6 * stream["cpu_s"] / max(1, stream["events"]),
+        "cpu_us_chunk": 1e6 * stream["cpu_s"] / stream["events"],
         "p50_ms": report.percentile(paced["latencies_ms"], 0.5),
         "p99_ms": report.percentile(paced["latencies_ms"], 0.99),
         "rss_mb": contender.rss_mb(),
@@ -133,10 +136,11 @@ def main() -> None:
         for number in range(ROUNDS):
             for name, row in rounds.items():
                 with makers[name]() as contender:
-                    row.append(measure(contender, options.seconds))
+                    if (figures := measure(contender, options.seconds)) is not None:
+                        row.append(figures)
                 print(f"round {number + 1}: {name}", file=sys.stderr)
-    rows = with_added_latency([best(r) for r in rounds.values()])
-    report.write("edge", rows, aims(rows) if "tollgate" in rounds else [])
+    rows = with_added_latency([best(r) for r in rounds.values() if r])
+    report.write("edge", rows, aims(rows) if rounds.get("tollgate") else [])
 
 
 if __name__ == "__main__":

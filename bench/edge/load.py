@@ -87,7 +87,7 @@ def request(job: Mapping[str, Any]) -> bytes:
     parts = urlsplit(job["url"])
     body: dict[str, Any] = {"model": "bench", "messages": MESSAGE, "max_tokens": 16}
     if job["mode"] == "stream":
-        body |= {"stream": True, "user": f"{job['chunks']},{job['gap_ms']}"}
+        body |= {"stream": True, "messages": [{"role": "user", "content": f"{job['chunks']},{job['gap_ms']}"}]}
     data = json.dumps(body).encode()
     headers = {
         "host": parts.netloc,

@@ -3,8 +3,7 @@
     python -m bench.edge.service HOST:PORT
 
 POST of a small body: 1 KB of JSON. Of one that asks to stream: as many server-sent events, so many milliseconds
-apart, as its `user` says ("400,10"), which every proxy passes on. GET
-/auth: 204, for nginx's auth_request; any other GET: as the POST.
+apart, as its message says ("400,10"). GET /auth: 204, for nginx's auth_request; any other GET: as the POST.
 """
 
 from __future__ import annotations
@@ -17,11 +16,17 @@ from typing import Any, cast
 import httptools
 import uvloop
 
-REPLY = json.dumps({"id": "chatcmpl-1", "choices": [{"message": {"content": "x" * 930}}]}).encode()
+CHOICE = {"index": 0, "message": {"role": "assistant", "content": "x" * 800}, "finish_reason": "stop"}
+REPLY = json.dumps(
+    {"id": "chatcmpl-1", "object": "chat.completion", "created": 1763700000, "model": "bench", "choices": [CHOICE]}
+).encode()
 SMALL = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(REPLY), REPLY)
 EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-EVENT = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"delta":{"content":"word "}}]}\n\n'
+EVENT = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1763700000,"model":"bench",'
+    b'"choices":[{"index":0,"delta":{"content":"word "},"finish_reason":null}]}\n\n'
+)
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 LAST = b"data: [DONE]\n\n"
 
@@ -50,7 +55,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if b'"stream": true' in self._body or b'"stream":true' in self._body:
-            chunks, gap_ms = json.loads(self._body)["user"].split(",")
+            chunks, gap_ms = json.loads(self._body)["messages"][0]["content"].split(",")
             self._transport.write(STREAM)
             self._next_chunk(int(chunks), int(gap_ms) / 1000)
         else:

@@ -7,12 +7,14 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.billing.errors import BudgetExceeded, IdempotencyMismatch, LedgerUnavailable
+from services.billing.errors import BudgetExceeded, IdempotencyMismatch, LedgerUnavailable, WalletFrozen
+from services.billing.ledger import failpoints
 from services.billing.ledger.batch import Fenced
 from services.billing.ledger.operations import Operation
 from services.billing.ledger.results import Held, Settled
@@ -34,6 +36,7 @@ from tests.billing.harness import (
     settle,
     wait_until,
 )
+from tests.conftest import Components
 
 
 @asynccontextmanager
@@ -206,6 +209,22 @@ async def test_a_budget_of_a_key_or_a_member_limits_what_is_spent_and_held(ledge
     assert (await ledger.held(org_id, 200, user_id=other)).amount == 200
     await ledger.pool.execute("UPDATE billing.budget SET amount = 400 WHERE subject_id = $1", member)
     await ledger.held(org_id, 101, user_id=member)
+
+
+async def test_whoever_freezes_a_wallet_while_a_batch_is_decided_is_not_overwritten(
+    ledger: Ledger, components: Components, org_id: UUID
+) -> None:
+    held = await ledger.held(org_id, 10)
+    database = urlsplit(ledger.owner_url).path[1:]
+    freeze = f"UPDATE billing.wallet SET frozen_at = now() WHERE id = '{org_id}'"
+    failpoints.arm("batch_decided", lambda: print(components.postgres.execute(freeze, database=database)))
+    try:
+        await ledger.writer.submit(settle(org_id, held.hold_id, 4))
+    finally:
+        failpoints.disarm()
+    assert (await ledger.wallet(org_id)).is_frozen
+    with pytest.raises(WalletFrozen):
+        await ledger.held(org_id, 1)
 
 
 async def test_the_days_sums_are_those_of_the_usage(ledger: Ledger, org_id: UUID) -> None:

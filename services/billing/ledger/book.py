@@ -174,7 +174,7 @@ class Journal:
     def wallets(self, *, new: bool) -> list[WalletRow]:
         """Of the wallets that were changed: the new ones, or the others."""
         return [
-            WalletRow(book.wallet_id, book.seq_written, book.seq, book.booked_at, book.is_frozen)
+            WalletRow(book.wallet_id, book.seq_written, book.seq, book.booked_at, book.frozen_change)
             for book in self.books.values()
             if book.is_new == new
         ]
@@ -209,6 +209,7 @@ class Book:
     resolved: list[UUID] = field(default_factory=list)
     balance: int = 0
     seq_written: int = 0
+    frozen_written: bool = False
     is_new: bool = False
 
     def available(self, now: datetime) -> int:
@@ -218,6 +219,11 @@ class Book:
     def reachable(self, now: datetime) -> int:
         """What a hold could take if nothing else were in flight."""
         return sum(grant.account.left for grant in self.drawable(now))
+
+    @property
+    def frozen_change(self) -> bool | None:
+        """What this batch has made of it; None when it left it alone."""
+        return self.is_frozen if self.is_frozen != self.frozen_written else None
 
     @property
     def owed(self) -> int:
@@ -344,7 +350,7 @@ class Book:
 
     def written(self) -> None:
         """The batch is committed: what is done for, of its holds and of the grants, is only in the database now."""
-        self.is_new, self.seq_written = False, self.seq
+        self.is_new, self.seq_written, self.frozen_written = False, self.seq, self.is_frozen
         if any(grant.account.credits_posted == grant.account.debits_posted for grant in self.order):
             self.order = [grant for grant in self.order if grant.account.left > 0]
             self.grants = {grant.account.id: grant for grant in self.order}

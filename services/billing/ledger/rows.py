@@ -15,13 +15,16 @@ ResolutionKind = Literal["post", "void", "expire"]
 
 
 class WalletRow(NamedTuple):
-    """Of a wallet that is there, `seq_before` must be what the database has: nothing unseen is overwritten."""
+    """Of a wallet that is there, `seq_before` must be what the database has: nothing unseen is overwritten.
+
+    `frozen` is None where the batch has not changed it: somebody else may have meanwhile.
+    """
 
     id: UUID
     seq_before: int
     seq: int
     updated_at: datetime
-    frozen: bool
+    frozen: bool | None
 
 
 class AccountRow(NamedTuple):

@@ -147,7 +147,9 @@ async def load_books(connection: Connection, wallets: Sequence[UUID], now: datet
     for wallet_id, seq, version, frozen, updated_at, has_signup, has_budgets in await connection.fetch(
         _WALLETS, wallets
     ):
-        books[wallet_id] = Book(wallet_id, seq, version, frozen, updated_at, has_signup=has_signup, seq_written=seq)
+        books[wallet_id] = Book(
+            wallet_id, seq, version, frozen, updated_at, has_signup=has_signup, seq_written=seq, frozen_written=frozen
+        )
         if has_budgets:
             budgeted.append(wallet_id)
     for row in await connection.fetch(_ACCOUNTS, list(books)):

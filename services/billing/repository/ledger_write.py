@@ -52,7 +52,7 @@ _PARTS = (
         "wallet",
         _WALLET,
         "UPDATE billing.wallet w SET seq = u.seq, updated_at = u.updated_at, "
-        "frozen_at = CASE WHEN u.frozen THEN coalesce(w.frozen_at, $1::timestamptz) END "
+        "frozen_at = CASE WHEN u.frozen IS NULL THEN w.frozen_at WHEN u.frozen THEN $1::timestamptz END "
         "FROM {rows} WHERE w.id = u.id AND w.seq = u.seq_before RETURNING 1",
     ),
     _Part(

@@ -117,8 +117,9 @@ async def test_a_rotated_key_works_through_its_grace_on_the_same_limits_and_neve
     async def is_over() -> bool:
         return await whole.reaches_models(brief["key"]) == 401
 
-    await eventually(is_over)
     assert await whole.reaches_models(successor["key"]) == 200
+    await eventually(is_over)
+    assert await whole.reaches_models(successor["key"]) in {200, 429}  # the waiting drew on the limits of both
     row = await whole.auth.key_row(new["key"])
     assert row is not None
     assert str(row["limit_id"]) == old["id"]

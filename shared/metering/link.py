@@ -64,20 +64,23 @@ class Link:
     async def _work(self) -> None:
         """Carry operations and answers until the stream breaks, then fail what is left."""
         error: TollgateError = Unavailable("Billing is not available right now. Retry.", code="billing_unavailable")
-        stream = self._caller.stream(self._method)
-        reading = asyncio.create_task(self._read(stream))
-        writing = asyncio.create_task(self._write(stream))
         try:
-            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
-            for task in (reading, writing):
-                broken = task.exception() if task.done() else None
-                if isinstance(broken, aio.AioRpcError):
-                    error = mapped(broken)
+            stream = self._caller.stream(self._method)
+            tasks = [asyncio.create_task(self._read(stream)), asyncio.create_task(self._write(stream))]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    broken = task.exception() if task.done() else None
+                    if isinstance(broken, aio.AioRpcError):
+                        error = mapped(broken)
+            finally:
+                stream.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        except aio.UsageError as e:
+            error = Unavailable("Billing is not available right now. Retry.", detail=str(e))
         finally:
-            stream.cancel()
-            for task in (reading, writing):
-                task.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
             self._fail_all(error)
 
     async def _write(self, stream: Any) -> None:

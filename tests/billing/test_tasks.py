@@ -20,7 +20,18 @@ from services.billing.ledger.writer import WriterLimits
 from services.billing.tasks import Gauges, Sweeper
 from shared.money import NANO_PER_CREDIT
 from tests.billing.gate import Gate, gate_to
-from tests.billing.harness import SHARDS, SIGNUP_NANO, App, Ledger, grant, heartbeat, ledger_on, settle, wait_until
+from tests.billing.harness import (
+    SHARDS,
+    SIGNUP_NANO,
+    App,
+    EveryShard,
+    Ledger,
+    grant,
+    heartbeat,
+    ledger_on,
+    settle,
+    wait_until,
+)
 
 
 def gauge(ledger: Ledger, name: str) -> float:
@@ -94,7 +105,9 @@ async def behind_a_gate(ledger: Ledger) -> AsyncIterator[tuple[Ledger, Gate]]:
 async def test_after_an_outage_live_requests_may_report_before_their_holds_expire(ledger: Ledger, org_id: UUID) -> None:
     """An outage longer than the lives of two holds: one request goes on afterwards, the other one's process is dead."""
     async with behind_a_gate(ledger) as (behind, gate):
-        sweeper = Sweeper(behind.database, behind.writer, behind.metrics, interval_s=1, batch_max=100, hold_grace_s=1)
+        sweeper = Sweeper(
+            behind.database, EveryShard(behind.writer), behind.metrics, interval_s=1, batch_max=100, hold_grace_s=1
+        )
         await sweeper.sweep()
         live, dead = await ledger.held(org_id, 300), await ledger.held(org_id, 400)
         gate.shut()

@@ -94,6 +94,22 @@ async def test_a_leader_that_was_overtaken_leads_again_only_with_a_new_epoch(lon
         await ledger.verified()
 
 
+async def test_an_idle_leader_notices_that_its_session_has_ended(
+    lonely_url: str, components: Components, org_id: UUID
+) -> None:
+    async with ledger_on(lonely_url) as ledger:
+        before = await epoch_of(ledger, org_id)
+        kill = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'tollgate-billing-writer'"
+        )
+        await asyncio.to_thread(components.postgres.execute, f"{kill} AND datname = '{urlsplit(lonely_url).path[1:]}'")
+
+        async def led_anew() -> bool:
+            return await epoch_of(ledger, org_id) > before
+
+        await wait_until(led_anew, "the new epoch")
+
+
 async def test_a_new_leader_waits_for_the_transaction_of_the_former_one(ledger: Ledger, org_id: UUID) -> None:
     shard = shard_of(org_id, SHARDS)
     async with session(ledger) as former, session(ledger) as new:

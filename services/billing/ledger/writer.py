@@ -138,8 +138,12 @@ class ShardWriter:
         self.accepts = True
         stopping = asyncio.create_task(until.wait())
         stopping.add_done_callback(lambda _: self._wake.set())
+        # With the session its lock is gone: one who noticed only at the next operation would keep others from leading.
+        connection.add_termination_listener(lambda _: self._wake.set())
         try:
             while not until.is_set():
+                if connection.is_closed():
+                    raise asyncpg.ConnectionDoesNotExistError("the writer's session has ended")
                 await self._wake.wait()
                 self._wake.clear()
                 while self._queue and not until.is_set():

@@ -18,6 +18,8 @@ TIMEOUT_S = 30.0
 PAGE_MAX = 100
 RETRIES_MAX = 5
 QUESTION = ({"role": "user", "content": "What is Tollgate?"},)
+LONG_QUESTION = ({"role": "user", "content": "Recite the whole manual."},)
+"""chat-mini answers with about 700 tokens."""
 
 
 @dataclass

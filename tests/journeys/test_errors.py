@@ -54,8 +54,8 @@ def test_a_model_outside_the_keys_list_does_not_exist_for_it(user: User) -> None
 
 def test_what_is_not_supported_is_a_bad_request_that_names_it(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as e:
-        openai_client.chat.completions.create(model="chat-mini", messages=MESSAGES, n=2)
-    assert (e.value.code, e.value.param) == ("unsupported_parameter", "n")
+        openai_client.chat.completions.create(model="chat-mini", messages=MESSAGES, modalities=["audio"])
+    assert (e.value.code, e.value.param) == ("unsupported_parameter", "modalities")
 
 
 def test_a_prompt_beyond_the_context_is_a_bad_request_and_costs_nothing(user: User) -> None:
@@ -72,7 +72,7 @@ def test_a_prompt_beyond_the_context_is_a_bad_request_and_costs_nothing(user: Us
     [
         ("POST", "/v1/chat/completions", b"{", 400, "invalid_json"),
         ("POST", "/v1/chat/completions", b"{}", 400, "missing_required_parameter"),
-        ("GET", "/v1/chat/completions", b"", 405, "method_not_allowed"),
+        ("PUT", "/v1/chat/completions", b"", 405, "method_not_allowed"),
         ("GET", "/v1/nothing/here", b"", 404, "not_found"),
     ],
 )

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from tests.journeys.people import QUESTION, TIMEOUT_S, Prices, User, asking
+from tests.journeys.people import LONG_QUESTION, QUESTION, TIMEOUT_S, Prices, User, asking
 from tests.running_stack import RunningStack
 
 MESSAGES: Any = list(QUESTION)
@@ -53,7 +53,8 @@ async def test_the_async_sdk_streams(async_openai_client: openai.AsyncOpenAI) ->
 def test_a_stream_arrives_as_it_is_generated(user: User) -> None:
     """While the first tokens are read, the hold is still open: the engine has not finished."""
     blocks, held_meanwhile = 0, Decimal(0)
-    with user.api.stream("POST", "/v1/chat/completions", json=asking(stream=True)) as answer:
+    body = asking(stream=True, messages=LONG_QUESTION)
+    with user.api.stream("POST", "/v1/chat/completions", json=body) as answer:
         for block in answer.iter_raw():
             if b'"content":"' in block and b'"role"' not in block:
                 held_meanwhile = user.wallet().held if blocks == 0 else held_meanwhile

@@ -12,7 +12,7 @@ def test_no_log_holds_a_prompt_a_key_a_token_or_a_password(stack: RunningStack, 
     prompt = [{"role": "user", "content": f"Please repeat: {marker}"}]
     answered = user.ask(messages=prompt, max_tokens=5)
     assert answered.status_code == 200
-    assert user.ask(messages=prompt, n=2).status_code == 400
+    assert user.ask(messages=prompt, modalities=["audio"]).status_code == 400
     assert user.ask(messages=[{"role": marker, "content": marker}]).status_code == 400
     assert user.ask(messages=prompt, model="none").status_code == 404
     malformed = user.key[:-1] + ("0" if user.key[-1] != "0" else "1")

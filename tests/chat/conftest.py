@@ -38,6 +38,7 @@ class Chat:
     """The running service and what stands around it."""
 
     url: str
+    app: Any
     engine: Engine
     ledger: Ledger
     catalogue: CatalogueDouble
@@ -132,7 +133,8 @@ async def running(components: Components) -> AsyncIterator[Chat]:
     async with AsyncExitStack() as stack:
         service = await build(settings, stack, Readiness())
         tasks = [asyncio.create_task(make()) for make in service.tasks.values()]
-        chat = Chat(await stack.enter_async_context(serving(service.http[0].app)), engine, ledger, catalogue, ring)
+        app = service.http[0].app
+        chat = Chat(await stack.enter_async_context(serving(app)), app, engine, ledger, catalogue, ring)
         async with chat.client() as client:
 
             async def has_models() -> bool:

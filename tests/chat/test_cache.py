@@ -1,11 +1,12 @@
 """The response cache: asked for, deterministic, its organisation's own, and paid as a cached prompt."""
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.chat.conftest import Chat, asking
+from tests.chat.conftest import Chat, asking, until
 from tests.chat.doubles import chunk
 from tests.chat.test_completions import events
 from tests.chat.test_failures import failing
@@ -42,6 +43,35 @@ async def test_a_hit_may_be_streamed(chat: Chat) -> None:
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "one two three"
     assert chunks[-1]["tollgate"]["cached"] is True
     assert len(chat.engine.generated) == 1
+
+
+async def test_who_never_reads_the_last_event_of_a_hit_has_paid_for_it(chat: Chat) -> None:
+    await send(chat, "cache-g", temperature=0)
+
+    async def receives_no_word(message: Any) -> None:
+        if b'"content":"one' in message.get("body", b""):
+            await asyncio.Event().wait()
+
+    async with chat.client(org_id="cache-g") as client:
+        asked = client.build_request(
+            "POST", "/v1/chat/completions", json=asking(temperature=0, stream=True), headers=USE
+        )
+    messages = iter([{"type": "http.request", "body": asked.content}])
+
+    async def receive() -> Any:
+        return next(messages, None) or await asyncio.Event().wait()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": asked.url.path,
+        "query_string": b"",
+        "headers": [(name.lower(), value) for name, value in asked.headers.raw],
+    }
+    await chat.app(scope, receive, receives_no_word)
+    await until(chat.ledger.is_quiet)
+    assert [s.finish_reason for s in chat.ledger.settled] == ["stop", "cached"]
+    assert chat.ledger.voided == []
 
 
 @pytest.mark.parametrize(

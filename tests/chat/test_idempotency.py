@@ -146,3 +146,11 @@ async def test_of_many_at_once_one_is_generated(chat: Chat) -> None:
     assert {a.status_code for a in answers} <= {200, 409}
     assert 200 in {a.status_code for a in answers}
     assert (len(chat.engine.generated), len(chat.ledger.holds)) == (1, 1)
+
+
+async def test_a_header_that_is_refused_leaves_the_key_free(chat: Chat) -> None:
+    async with chat.client() as client:
+        headers = {HEADER: "misspelt", "tollgate-cache": "yes"}
+        refused = await client.post("/v1/chat/completions", json=asking(), headers=headers)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tollgate-cache")
+    assert (await send(chat, "misspelt")).status_code == 200

@@ -51,12 +51,12 @@ class Desk:
     ) -> Response:
         """Generate and send. `shape` gets the answer's id and its moment in Unix seconds; `draft` says what to keep."""
         id_, created = new_id(prefix), int(self.clock.now().timestamp())
+        events = self._events(request, asked, caller)  # refused before the key is claimed, or nothing would free it
         ticket = await self._claim(request, caller)
         if ticket is not None and ticket.recording is not None:
             recording = ticket.recording
             made = shape(recording.id, recording.created)
             return self._answering(replayed(recording), made, asked, replay=True)
-        events = self._events(request, asked, caller)
         if draft is not None:
             events = self.library.keeping(caller, draft(id_), shape(id_, created), events)
         if ticket is not None:

@@ -70,16 +70,19 @@ class ResponseCache:
                 yield replace(event, headers={**event.headers, **MISS}) if isinstance(event, Started) else event
 
     async def _told(self, recording: Recording, request: ChatRequest, caller: Identity) -> Events:
-        """The recorded events, for the price of a cached prompt."""
+        """The recorded events, for the price of a cached prompt: paid before the first is told, since all are there.
+
+        Without output tokens an unsettled hold is voided: who left before the last event would pay nothing.
+        """
         *events, first = recording.events
         assert isinstance(first, Settled)
         read = first.usage.input_tokens
         async with self._treasury.hold_cached(request, caller, read) as hold:
-            for event in events:
-                yield replace(event, headers=HIT) if isinstance(event, Started) else event
             usage, build = Usage(read, read, 0), first.receipt.build
             settled = await hold.settle(build=build, finish_reason="cached", usage=usage)
             settled_nano = settled.settled_nano if settled is not None else None
+        for event in events:
+            yield replace(event, headers=HIT) if isinstance(event, Started) else event
         yield Settled(usage, Receipt(str(hold.id), build, hold.amount_nano, settled_nano, cached=True))
 
     def _name(self, request: ChatRequest, caller: Identity) -> str:

@@ -39,7 +39,7 @@ environments: ## Make .venv with the development tools, .venv-triton and Unleash
 	@$(LOCAL) environments --dev
 
 test: check ## Run every check and every test, on components of their own
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadscope
 
 torture: environments ## Run the long tests: minutes to hours, where `make test` has the short forms
 	$(BIN)/python -m pytest -m torture

@@ -18,9 +18,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from deploy.local import processes
 from deploy.local.ports import pick_port
@@ -33,6 +35,7 @@ from tests.running_stack import RunningStack
 
 ROOT = Path(__file__).parents[1]
 STATE_PREFIX = "tollgate-test-"
+WITH_STACK = ("tests/journeys/", "tests/deploy/local/test_whole_stack.py")
 
 Migrate = Callable[[str], object]
 
@@ -42,12 +45,23 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest-xdist): a module stays on one, and whatever uses the stack on one other."""
+    """Refuse a use of the whole stack where the workers would start a second one."""
     for item in items:
-        uses_stack = "stack" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("stack" if uses_stack else item.nodeid.partition("::")[0]))
+        if "stack" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(WITH_STACK):
+            raise pytest.UsageError(f"{item.nodeid} uses the fixture stack: name its module in {__name__}.WITH_STACK")
+
+
+class ByModule(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
+    """With several workers a module stays on one, and whatever uses the stack on one as well."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "stack" if nodeid.startswith(WITH_STACK) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByModule:
+    return ByModule(config, log)
 
 
 @dataclass(frozen=True)

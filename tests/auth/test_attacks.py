@@ -45,6 +45,8 @@ PRIVILEGED: dict[str, Any] = {
     "password_hash": "$argon2id$",
 }
 SHORT_EXAMPLES, LONG_EXAMPLES = 3, 200
+# Hypothesis blames a strategy for whoever uses `random` meanwhile: the loop's thread, while the fuzzer runs in its own.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -15,6 +15,9 @@ from shared.identity import HEADER
 from tests.chat.conftest import Chat
 
 SHORT, LONG = 2, 200
+# Hypothesis blames a strategy for whoever uses `random` meanwhile: the loop's thread, while the fuzzer runs in its own.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
+
 # The double's engine always says the same: it cannot obey a format. And it has few places.
 EXPECTED = {"output_format_violated", "overloaded", "model_loading"}
 PROBLEM = {"type", "title", "status", "detail", "code", "request_id"}

@@ -7,7 +7,6 @@ header x-csrf-token. Its digest is in the signed token, so that a planted cookie
 from __future__ import annotations
 
 import hmac
-from http.cookies import CookieError, SimpleCookie
 from typing import NamedTuple
 
 from services.gateway.tokens import AccessToken
@@ -32,14 +31,14 @@ class BrowserCookies:
         self._name = cookie_names(public_url).access
 
     def shown(self, cookie: str | None, csrf_token: str | None) -> Shown:
-        """The access token of a Cookie header, if it has one."""
+        """The access token of a Cookie header, if it has one. Other cookies may hold what they like."""
         if not cookie or self._name not in cookie or len(cookie) > COOKIE_CHARS_MAX:
             return Shown(None)
-        try:
-            found = SimpleCookie(cookie).get(self._name)
-        except CookieError:
-            return Shown(None)
-        return Shown(None) if found is None or found.value.count(".") != 2 else Shown(found.value, csrf_token or "")
+        for pair in cookie.split(";"):
+            name, _, value = pair.strip().partition("=")
+            if name == self._name and value.count(".") == 2:
+                return Shown(value, csrf_token or "")
+        return Shown(None)
 
 
 def check(token: AccessToken, method: str, csrf_token: str) -> None:

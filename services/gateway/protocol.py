@@ -7,12 +7,15 @@ Connections, TLS, keep-alive and its timer, the order of pipelined requests and 
 stands where its cycles stand. Pipelined requests wait, up to PIPELINED_MAX of them; what is sent beyond is not
 answered, and the connection closes after the last that is. After an answer that did not wait for its request's end,
 LINGER_S of it are read and dropped, so that the answer is not lost to a reset. While the process drains, idle
-connections stay for DRAIN_IDLE_S: a request that is on its way is answered, and told to close.
+connections stay for DRAIN_IDLE_S: a request that is on its way is answered, and told to close. The relay's clock ends
+with the answer; a client that then takes none of what is left for it is hung up on by the kernel, after the same
+idle time: a close would wait for it for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from services.gateway.relay import Relay
@@ -44,6 +47,11 @@ class EdgeProtocol(GuardedHttpProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.peer = self.client[0] if self.client else ""
+        end = transport.get_extra_info("socket")
+        if end is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            end.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(self._relay.timeouts.idle_s * 1000), 2**31 - 1)
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         relayed, self._relayed, self._arriving = self._relayed, None, None

@@ -307,7 +307,7 @@ class EmailOutboxRow(Base):
     __table_args__ = (
         CheckConstraint("purpose IN ('register', 'verify', 'reset')", name="purpose"),
         Index(None, "due_at"),
-        Index(None, "address", "created_at"),
+        Index("ix_email_outbox_address_lower", func.lower(text("address")), "created_at"),
         Index(None, "created_at"),
     )
 

@@ -42,12 +42,14 @@ class EmailRepository:
         return int((await self._session.execute(statement)).scalar_one())
 
     async def count_sent_to(self, address: str, since: datetime) -> int:
-        """How many orders to an address were carried out since a time."""
+        """How many orders to an address were carried out since a time, however its letters were written."""
         statement = (
             select(func.count())
             .select_from(EmailOutboxRow)
             .where(
-                EmailOutboxRow.address == address, EmailOutboxRow.due_at.is_(None), EmailOutboxRow.created_at >= since
+                func.lower(EmailOutboxRow.address) == func.lower(address),
+                EmailOutboxRow.due_at.is_(None),
+                EmailOutboxRow.created_at >= since,
             )
         )
         return int((await self._session.execute(statement)).scalar_one())

@@ -18,6 +18,7 @@ from services.auth.domain.fields import check_password
 from services.auth.errors import PasswordQueueFull, UserNotFound, WrongPassword
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
+from services.auth.repository.email import EmailRepository
 from services.auth.repository.sessions import SessionRepository
 from services.auth.service.attempts import Attempts
 from services.auth.service.outbox import Outbox
@@ -80,7 +81,8 @@ class Accounts:
         await audit.append(session, entry, self._clock.now())
 
     async def change_password(self, actor: Actor, *, old: str, new: str) -> None:
-        """Change the actor's own password and end their other sessions. Keys are not sessions, and stay.
+        """Change the actor's own password, end their other sessions and every token in an e-mail. Keys are no
+        sessions, and stay.
 
         Raises WrongPassword, InvalidRequest and WeakPassword for the new one, SignInBlocked, PasswordQueueFull,
         PermissionDenied for an API key.
@@ -105,6 +107,7 @@ class Accounts:
             accounts = AccountRepository(session)
             if not await accounts.replace_password_hash(actor.user_id, account.password_hash, new_hash, now):
                 raise WrongPassword(param="old_password", detail="password or status changed meanwhile")
+            await EmailRepository(session).remove_tokens_of(actor.user_id)
             events = await SessionRepository(session).revoke_all(
                 actor.user_id, now, "password_changed", but=actor.session_id
             )

@@ -96,6 +96,11 @@ class OwnBudget(PermissionDenied):
     default_message = "A key cannot change its own budget. Use an access token, or another key."
 
 
+class TooManyBudgets(Conflict):
+    default_code = "too_many_budgets"
+    default_message = "A wallet has at most a thousand budgets. Remove one first."
+
+
 class TopUpNotFound(NotFound):
     default_code = "topup_not_found"
     default_message = "There is no top-up of this id in this wallet."

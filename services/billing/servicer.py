@@ -12,6 +12,7 @@ from uuid import UUID
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.billing.domain import Price, Usage
+from services.billing.errors import LedgerUnavailable
 from services.billing.ledger import wire
 from services.billing.ledger.operations import Heartbeat, Operation, PlaceHold, Settle, Void
 from services.billing.ledger.results import Extended, Held, Result, Settled, Voided
@@ -109,7 +110,8 @@ class _Stream:
             if kind not in _READERS:
                 raise InvalidRequest("This is not an operation.")
             if self._pending >= STREAM_OPERATIONS_MAX:
-                raise InvalidRequest(f"A stream has at most {STREAM_OPERATIONS_MAX} operations in flight.")
+                # No refusal: what is refused is not sent again, and a settlement has to be.
+                raise LedgerUnavailable(code="billing_overloaded", retry_after_s=1)
             operation = _READERS[kind](getattr(request, kind))
             future = self._ledger.enqueue(operation)
         except TollgateError as e:

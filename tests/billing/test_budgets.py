@@ -8,8 +8,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from services.billing.service import budgets as service
 from shared.identity import Identity
-from tests.billing.harness import App, Ledger, person, signed
+from tests.billing.harness import App, Ledger, person, settle, signed
 
 BUDGETS = "/api/v1/billing/budgets"
 SOMEBODY = UUID(int=7)
@@ -98,6 +99,39 @@ async def test_a_key_does_not_lift_its_own_budget(app: App, org_id: UUID) -> Non
     assert (refused.status_code, refused.json()["code"]) == (403, "own_budget")
     mine = await app.http.put(f"{BUDGETS}/members/{who.user_id}", json={}, headers=signed(who, **key()))
     assert (mine.status_code, mine.json()["code"]) == (403, "own_budget")
+
+
+async def test_a_wallet_has_so_many_budgets_and_no_more(
+    app: App, org_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "BUDGETS_MAX", 3)
+    who, paths = owner(org_id), [f"{BUDGETS}/keys/{uuid4()}" for _ in range(6)]
+    answers = await asyncio.gather(
+        *(app.http.put(path, json={"day": "1"}, headers=signed(who, **key())) for path in paths)
+    )
+    assert sorted(a.status_code for a in answers) == [200] * 3 + [409] * 3
+    assert {a.json()["code"] for a in answers if a.status_code == 409} == {"too_many_budgets"}
+    assert len(await listed(app, who)) == 3
+    there = next(path for path, answer in zip(paths, answers, strict=True) if answer.status_code == 200)
+    for body, status in (({"day": "2", "month": "3"}, 409), ({"day": "2"}, 200), ({}, 200), ({"month": "3"}, 200)):
+        assert (await app.http.put(there, json=body, headers=signed(who, **key()))).status_code == status, body
+
+
+async def test_what_was_spent_and_is_held_counts_for_budgets_that_come_later(
+    app: App, ledger: Ledger, org_id: UUID
+) -> None:
+    """The key is used by two people, and one of them by another key too."""
+    who, key_id, other_key, member, other = owner(org_id), uuid4(), uuid4(), uuid4(), uuid4()
+    for by_key, by, used, held in ((key_id, member, 10, 40), (key_id, other, 20, 50), (other_key, member, 30, 60)):
+        hold = await ledger.held(org_id, used, key_id=by_key, user_id=by)
+        await ledger.writer.submit(settle(org_id, hold.hold_id, used))
+        await ledger.held(org_id, held, key_id=by_key, user_id=by)
+    for path, month in ((f"keys/{key_id}", 130), (f"members/{member}", 160)):
+        body = {"month": f"0.{month:09}", "day": "1"}
+        assert (await app.http.put(f"{BUDGETS}/{path}", json=body, headers=signed(who, **key()))).status_code == 200
+    for subject, room in (({"key_id": key_id}, 10), ({"user_id": member}, 20)):
+        clamped = await ledger.held(org_id, 100, clamp=True, **subject)
+        assert clamped.output_tokens == room, subject
 
 
 @pytest.mark.parametrize(

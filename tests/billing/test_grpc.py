@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc import aio
 
+from services.billing import servicer
 from services.billing.domain import PriceTerms
 from shared.errors import (
     Conflict,
@@ -23,6 +24,7 @@ from shared.errors import (
 )
 from shared.grpc import Caller
 from shared.ids import uuid7
+from shared.metering import REFUSAL_STATUSES
 from shared.rpc import billing_pb2 as pb
 from shared.rpc.billing_pb2_grpc import LedgerStub
 from tests.billing.harness import MODEL, App, Ledger, caller, grant, wait_until
@@ -153,6 +155,23 @@ async def test_of_a_hundred_concurrent_holders_on_a_balance_for_k_exactly_k_succ
     assert refused.value.code == "insufficient_quota"
     await asyncio.gather(*(c.close() for c in chats))
     await ledger.verified()
+
+
+async def test_a_stream_with_too_much_in_flight_says_so_in_a_way_that_is_tried_again(
+    app: App, ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "STREAM_OPERATIONS_MAX", 2)
+    chat = caller(app.grpc_target)
+    async with ledger.stalled(org_id):
+        stream = chat.stream(LedgerStub(chat.channel).Operate)
+        holds = [pb.Operation(id=n, hold=hold_request(org_id)) for n in range(3)]
+        await stream.write(pb.OperateRequest(operations=holds))
+        (answer,) = (await stream.read()).answers
+    refused = from_metadata(answer.error)
+    assert (answer.id, refused.code) == (2, "billing_overloaded")
+    assert refused.status not in REFUSAL_STATUSES, "a settlement that is refused is lost"
+    stream.cancel()
+    await chat.close()
 
 
 async def test_concurrent_identical_holds_reserve_once(app: App, ledger: Ledger, org_id: UUID) -> None:

@@ -313,6 +313,7 @@ async def test_without_keys_there_are_no_webhooks(app: App, org_id: UUID) -> Non
         "https://[2002:a00:1::]/",
         "https://[fe80::1]/",
         "https://[fc00::1]/",
+        "https://[fec0::1]/",
         "https://exam ple.com/",
         "https://example.com/" + "x" * 2_000,
     ],

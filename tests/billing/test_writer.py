@@ -13,8 +13,9 @@ from uuid import UUID, uuid4
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.billing.domain import DEFAULT_CLASS
 from services.billing.errors import BudgetExceeded, IdempotencyMismatch, LedgerUnavailable, WalletFrozen
-from services.billing.ledger import failpoints
+from services.billing.ledger import batch, failpoints
 from services.billing.ledger.batch import Fenced
 from services.billing.ledger.operations import Operation
 from services.billing.ledger.results import Held, Settled
@@ -26,6 +27,7 @@ from services.billing.repository.leadership import shard_of
 from shared.errors import TollgateError
 from shared.telemetry import BillingMetrics
 from tests.billing.harness import (
+    MODEL,
     SHARDS,
     SIGNUP_NANO,
     Ledger,
@@ -225,6 +227,27 @@ async def test_a_budget_of_a_key_or_a_member_limits_what_is_spent_and_held(ledge
     assert (await ledger.held(org_id, 200, user_id=other)).amount == 200
     await ledger.pool.execute("UPDATE billing.budget SET amount = 400 WHERE subject_id = $1", member)
     await ledger.held(org_id, 101, user_id=member)
+
+
+async def test_what_is_remembered_of_prices_has_a_bound(
+    ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each organisation may have a price of its own, and that it has none is remembered too."""
+    monkeypatch.setattr(batch, "PRICES_MAX", 4)
+    loaded = []
+
+    async def load_prices(connection: Any, wanted: Any) -> Any:
+        loaded.append(set(wanted))
+        return await load(connection, wanted)
+
+    load = repository.load_prices
+    monkeypatch.setattr(repository, "load_prices", load_prices)
+    for _ in range(10):
+        await ledger.held(org_id, 1)
+        other = next(w for w in iter(uuid4, None) if shard_of(w, SHARDS) == shard_of(org_id, SHARDS))
+        await ledger.held(other, 1)
+    default = sum((MODEL, DEFAULT_CLASS) in pairs for pairs in loaded)
+    assert default > 1, "nothing was forgotten"
 
 
 async def test_whoever_freezes_a_wallet_while_a_batch_is_decided_is_not_overwritten(

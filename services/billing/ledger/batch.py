@@ -41,6 +41,7 @@ from services.billing.repository.ledger_write import write
 from shared.errors import TollgateError
 
 SIGNUP_SOURCE = "signup"
+PRICES_MAX = 100_000  # pairs of a model and a customer class that a writer remembers, those without a price too
 _RESOLVING = (Settle, Void, Heartbeat, ExpireHold)
 
 
@@ -171,7 +172,7 @@ class Batch:
 
     async def _load_books(self, look: FirstLook) -> None:
         memory, missing = self._memory, []
-        if look.price_generation != memory.price_generation:
+        if look.price_generation != memory.price_generation or len(memory.prices) > PRICES_MAX:
             memory.prices.clear()
             memory.price_generation = look.price_generation
         for wallet_id, version in zip(self._wallets, look.versions, strict=True):

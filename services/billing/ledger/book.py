@@ -236,6 +236,16 @@ class Book:
             if grant.expires_at is None or grant.expires_at > now:
                 yield grant
 
+    def spendings(self, key_id: UUID | None, user_id: UUID | None) -> list[Spending]:
+        """The counters of the budgets that this key and this member have; mostly none."""
+        if not self.spending:
+            return []
+        found = (
+            self.spending.get(("key", key_id)) if key_id is not None else None,
+            self.spending.get(("member", user_id)) if user_id is not None else None,
+        )
+        return [spending for spending in found if spending is not None]
+
     def draw(self, amount: int, now: datetime) -> list[Slice]:
         """Up to `amount` from what is available, in order; less when there is less. Changes nothing."""
         slices = []

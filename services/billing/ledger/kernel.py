@@ -91,7 +91,7 @@ def _place(journal: Journal, book: Book, op: PlaceHold) -> Held:
     if book.is_frozen:
         raise WalletFrozen()
     now, price = journal.now, price_for(journal, op)
-    spendings = _spendings(book, op.key_id, op.user_id)
+    spendings = book.spendings(op.key_id, op.user_id)
     covered, amount = _affordable(journal, book, op, price.terms, spendings)
     slices = tuple(book.draw(amount, now))
     for part in slices:
@@ -229,7 +229,7 @@ def _resolve(
     row = hold.row
     for part in hold.slices:
         book.release(journal, part)
-    for spending in _spendings(book, row.key_id, row.user_id):
+    for spending in book.spendings(row.key_id, row.user_id):
         spending.held -= row.amount
     settled = _pay(journal, book, hold, cost, "usage", slices=hold.slices, effective_at=effective_at)
     hold.resolution = kind
@@ -311,7 +311,7 @@ def _use(
     )
     for index, more in enumerate((1 - part, plain, cached, output, cost)):
         sums[index] += more
-    for spending in _spendings(book, row.key_id, row.user_id):
+    for spending in book.spendings(row.key_id, row.user_id):
         spending.add(cost, journal.today)
 
 
@@ -319,17 +319,6 @@ def _check_room(book: Book, cost: int) -> None:
     """Raise AmountTooLarge before anything is changed; what a wallet has was granted, so only its debt can overflow."""
     if book.accounts["revenue"].credits_posted > INT8_MAX - cost:
         raise AmountTooLarge()
-
-
-def _spendings(book: Book, key_id: UUID | None, user_id: UUID | None) -> list[Spending]:
-    """The counters of the budgets that this key and this member have; mostly none."""
-    if not book.spending:
-        return []
-    found = (
-        book.spending.get(("key", key_id)) if key_id is not None else None,
-        book.spending.get(("member", user_id)) if user_id is not None else None,
-    )
-    return [spending for spending in found if spending is not None]
 
 
 def _hold(book: Book, hold_id: UUID) -> Hold:

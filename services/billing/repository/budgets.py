@@ -27,6 +27,12 @@ async def budgets(database: Database, org_id: UUID) -> list[Budget]:
     return [Budget(*row) for row in rows]
 
 
+async def count(connection: Connection, org_id: UUID) -> int:
+    """How many limits the wallet has."""
+    found: int = await connection.fetchval("SELECT count(*) FROM billing.budget WHERE wallet_id = $1", org_id)
+    return found
+
+
 async def put(
     connection: Connection, org_id: UUID, subject: str, subject_id: UUID, period: str, amount: int | None
 ) -> None:

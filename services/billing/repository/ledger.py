@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 from uuid import UUID
 
@@ -49,18 +49,19 @@ _GRANTS = """
     FROM billing.account a JOIN billing.credit_grant g ON g.account_id = a.id
     WHERE a.id = ANY($1) AND a.wallet_id = $2"""
 
-_SPENDING = """
-    SELECT b.wallet_id, b.subject, b.subject_id, array_agg(b.period), array_agg(b.amount),
-        (SELECT coalesce(sum(u.cost), 0)::int8 FROM billing.usage_day u
-            WHERE u.wallet_id = b.wallet_id AND u.day = $2::date
-                AND b.subject_id = CASE b.subject WHEN 'key' THEN u.key_id ELSE u.user_id END),
-        (SELECT coalesce(sum(u.cost), 0)::int8 FROM billing.usage_day u
-            WHERE u.wallet_id = b.wallet_id AND u.day BETWEEN date_trunc('month', $2::date)::date AND $2::date
-                AND b.subject_id = CASE b.subject WHEN 'key' THEN u.key_id ELSE u.user_id END),
-        (SELECT coalesce(sum(h.amount), 0)::int8 FROM billing.open_hold o JOIN billing.hold h ON h.id = o.hold_id
-            WHERE o.wallet_id = b.wallet_id
-                AND b.subject_id = CASE b.subject WHEN 'key' THEN h.key_id ELSE h.user_id END)
-    FROM billing.budget b WHERE b.wallet_id = ANY($1) GROUP BY 1, 2, 3"""
+_BUDGETS = """
+    SELECT wallet_id, subject, subject_id, array_agg(period), array_agg(amount)
+    FROM billing.budget WHERE wallet_id = ANY($1) GROUP BY 1, 2, 3"""
+
+# Sums of every key and member at once: one sum for each budget would read the month's rows as often as there are some.
+_SPENT = """
+    SELECT wallet_id, key_id, user_id, coalesce(sum(cost) FILTER (WHERE day = $2::date), 0)::int8, sum(cost)::int8
+    FROM billing.usage_day
+    WHERE wallet_id = ANY($1) AND day BETWEEN date_trunc('month', $2::date)::date AND $2::date GROUP BY 1, 2, 3"""
+
+_HELD = """
+    SELECT o.wallet_id, h.key_id, h.user_id, sum(h.amount)::int8
+    FROM billing.open_hold o JOIN billing.hold h ON h.id = o.hold_id WHERE o.wallet_id = ANY($1) GROUP BY 1, 2, 3"""
 
 _HOLDS = """
     SELECT h.id, h.wallet_id, h.user_id, h.key_id, h.plan, h.model, h.price_id,
@@ -159,13 +160,20 @@ async def load_books(connection: Connection, wallets: Sequence[UUID], now: datet
         else:
             book.accounts[account.kind] = account
     if budgeted:
-        today = now.date()
-        for wallet_id, subject, subject_id, periods, limits, day, month, held in await connection.fetch(
-            _SPENDING, budgeted, today
-        ):
-            counters = Spending(dict(zip(periods, limits, strict=True)), today, day, month, held)
-            books[wallet_id].spending[subject, subject_id] = counters
+        await _load_spending(connection, books, budgeted, now.date())
     return books
+
+
+async def _load_spending(connection: Connection, books: dict[UUID, Book], wallets: Sequence[UUID], today: date) -> None:
+    for wallet_id, subject, subject_id, periods, limits in await connection.fetch(_BUDGETS, wallets):
+        books[wallet_id].spending[subject, subject_id] = Spending(dict(zip(periods, limits, strict=True)), today)
+    for wallet_id, key_id, user_id, day, month in await connection.fetch(_SPENT, wallets, today):
+        for spending in books[wallet_id].spendings(key_id, user_id):
+            spending.day += day
+            spending.month += month
+    for wallet_id, key_id, user_id, held in await connection.fetch(_HELD, wallets):
+        for spending in books[wallet_id].spendings(key_id, user_id):
+            spending.held += held
 
 
 async def load_holds(connection: Connection, hold_ids: Sequence[UUID]) -> list[Hold]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from uuid import UUID
 
 from services.billing.domain import Budget, BudgetSubject
-from services.billing.errors import OwnBudget
+from services.billing.errors import OwnBudget, TooManyBudgets
 from services.billing.ledger.operations import OpenWallet
 from services.billing.ledger.writer import Ledger
 from services.billing.repository import budgets as repository
 from services.billing.repository.database import Connection, Database
 from services.billing.service.author import Author, once
+
+BUDGETS_MAX = 1_000  # rows of a wallet, a day's and a month's counted apart: the ledger reads all of them at once
 
 
 class Budgets:
@@ -29,7 +31,7 @@ class Budgets:
     ) -> Budget:
         """Give a key or a member these limits, None for none, in place of what they had. In force for the next hold.
 
-        Raises OwnBudget for a key that asks for itself or for whose it is.
+        Raises OwnBudget for a key that asks for itself or for whose it is; TooManyBudgets.
         """
         if author.key_id is not None and subject_id in (author.key_id, author.user_id):
             raise OwnBudget()
@@ -39,6 +41,9 @@ class Budgets:
         async def work(connection: Connection) -> dict[str, object]:
             for period, amount in (("day", day), ("month", month)):
                 await repository.put(connection, org_id, subject, subject_id, period, amount)
+            # Who has set one holds the wallet's row: nobody else counts meanwhile.
+            if (day, month) != (None, None) and await repository.count(connection, org_id) > BUDGETS_MAX:
+                raise TooManyBudgets()
             return {}
 
         await once(self._database, author, "budget", body, work)

@@ -18,6 +18,7 @@ from services.billing.errors import UnsafeDestination
 URL_CHARS_MAX = 2_000
 PORTS_BELOW_1024 = frozenset((443,))
 # Public by their own number, but the way to an IPv4 address within: NAT64, 6to4, Teredo.
+UNICAST = ipaddress.ip_network("2000::/3")  # what IANA gives out: not fec0::/10, say, which was for sites once
 TRANSLATED = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
 
 
@@ -27,7 +28,7 @@ def is_public(address: str) -> bool:
     if isinstance(found, IPv6Address):
         if found.ipv4_mapped is not None:
             found = found.ipv4_mapped
-        elif any(found in network for network in TRANSLATED):
+        elif found not in UNICAST or any(found in network for network in TRANSLATED):
             return False
     return found.is_global and not found.is_multicast and not found.is_reserved
 

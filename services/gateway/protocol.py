@@ -4,12 +4,12 @@
       └────any other───────► uvicorn's cycle, over ASGI: the gateway's own pages
 
 Connections, TLS, keep-alive and its timer, the order of pipelined requests and the drain stay uvicorn's: a `Relayed`
-stands where its cycles stand. Pipelined requests wait, up to PIPELINED_MAX of them; what is sent beyond is not
-answered, and the connection closes after the last that is. After an answer that did not wait for its request's end,
-LINGER_S of it are read and dropped, so that the answer is not lost to a reset. While the process drains, idle
-connections stay for DRAIN_IDLE_S: a request that is on its way is answered, and told to close. The relay's clock ends
-with the answer; a client that then takes none of what is left for it is hung up on by the kernel, after the same
-idle time: a close would wait for it for ever.
+stands where its cycles stand. Pipelined requests wait, up to PIPELINED_MAX of them; what is sent beyond, or is too
+large before its turn, is not answered, and the connection closes after the last that is. After an answer that did not
+wait for its request's end, LINGER_S of it are read and dropped, so that the answer is not lost to a reset. While the
+process drains, idle connections stay for DRAIN_IDLE_S: a request that is on its way is answered, and told to close.
+The relay's clock ends with the answer; a client that then takes none of what is left for it is hung up on by the
+kernel, after the same idle time: a close would wait for it for ever.
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ class EdgeProtocol(GuardedHttpProtocol):
                 super().on_body(body)
             return
         self.note_progress()
+        if self._arriving is not self._relayed and self._arriving.bytes_in + len(body) > self._relay.body_bytes_max:
+            self.pipeline.popleft()  # its refusal would be taken for the answer that another request waits for
+            self._hear_no_more()
+            return
         self._arriving.feed(body)
 
     def on_message_complete(self) -> None:
@@ -199,6 +203,10 @@ class EdgeProtocol(GuardedHttpProtocol):
         if len(self.pipeline) < PIPELINED_MAX:
             self.pipeline.appendleft((relayed, self.app))  # type: ignore[arg-type]
             return
+        self._hear_no_more()
+
+    def _hear_no_more(self) -> None:
+        """Not of what arrives, nor of what comes after it; what waits before it is answered."""
         self._is_deaf = True
         self._arriving = None
         self.flow.pause_reading()

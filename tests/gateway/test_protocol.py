@@ -269,3 +269,19 @@ async def test_the_transport_is_pinned_where_the_public_address_is_tls() -> None
     wired.back.data_received(PLAIN)
     assert b"strict-transport-security: max-age=" in wired.client.take()
     wired.close()
+
+
+async def test_a_pipelined_body_that_is_too_large_is_no_answer_to_another_request(wired: Wired) -> None:
+    await send(wired, [POST])
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    for part in [head, *[b"2710\r\n" + b"x" * 10_000 + b"\r\n"] * 11, POST]:
+        wired.front.data_received(part)
+    await wired.settle()
+    assert wired.client.take() == b""  # the first one's turn
+    wired.back.data_received(PLAIN)
+    head, body = body_of(wired.client.take())
+    assert head.startswith(b"HTTP/1.1 200")
+    assert body == b"hello"
+    await wired.settle()
+    assert wired.client.is_closed
+    assert wired.service.take() == b""

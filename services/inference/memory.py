@@ -44,11 +44,11 @@ def needed_bytes(weights: Path, build: Build) -> int:
     """Weights, KV cache of every slot, and the process. Raises LoadFailed for a file that is no whole model."""
     try:
         head = read_head(weights)
+        cache = head.kv_bytes_per_token() * build.context_tokens * build.slots
     except GgufInvalid as e:
         raise LoadFailed(f"Loading failed: {weights.name}: {e}") from e
     except OSError as e:
         raise LoadFailed(f"Loading failed: cannot read {weights.name}: {e.strerror}.") from e
-    cache = head.kv_bytes_per_token() * build.context_tokens * build.slots
     return head.file_bytes + cache + PROCESS_BYTES
 
 

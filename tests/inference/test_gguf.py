@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.inference.backend.gguf import GgufInvalid, read_head
+from services.inference.backend.gguf import GgufHead, GgufInvalid, read_head
 
 WEIGHTS = Path(__file__).parents[2] / "triton_models/chat-mini-q4_k_m/1/model.gguf"
 
@@ -60,3 +60,29 @@ def test_damage_never_surprises(tmp_path_factory: pytest.TempPathFactory, place:
     with suppress(GgufInvalid):
         read_head(path)
     path.unlink()
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"block_count": -1, "attention.head_count": 1},
+        {"block_count": 2, "attention.head_count": "two"},
+        {"block_count": 2, "attention.head_count": [1, 2.5]},
+        {"block_count": 2, "attention.head_count": 1, "attention.key_length": "x"},
+    ],
+)
+def test_figures_that_no_model_has_are_refused(figures: dict[str, object]) -> None:
+    with pytest.raises(GgufInvalid, match="figures"):
+        head_of(figures).kv_bytes_per_token()
+
+
+def test_a_file_that_claims_too_many_layers_costs_no_memory() -> None:
+    head = head_of({"block_count": 2**62, "attention.head_count": 1, "attention.head_count_kv": [0, 0]})
+    assert head.kv_bytes_per_token() == 0
+    assert head_of({"block_count": 2**62, "attention.head_count": [0]}).kv_bytes_per_token() == 0
+    assert head_of({"block_count": 2**62, "attention.head_count": 2}).kv_bytes_per_token() == 2**62 * 2 * 8 * 2
+
+
+def head_of(figures: dict[str, object]) -> GgufHead:
+    metadata = {"general.architecture": "a", "a.embedding_length": 8, **{f"a.{k}": v for k, v in figures.items()}}
+    return GgufHead(metadata, {}, (), 0, 0)

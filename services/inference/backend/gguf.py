@@ -89,17 +89,30 @@ class GgufHead:
         return self.metadata.get(f"{self.architecture}.{name}")
 
     def kv_bytes_per_token(self) -> int:
-        """Of an F16 cache, for one token: an upper bound where layers share or limit theirs; 0 if unknown."""
+        """Of an F16 cache, for one token: an upper bound where layers share or limit theirs; 0 if unknown.
+
+        Raises GgufInvalid for figures that are none.
+        """
         layers, heads = self.hyperparameter("block_count"), self.hyperparameter("attention.head_count")
         width = self.hyperparameter("embedding_length")
         if not isinstance(layers, int) or not isinstance(width, int) or not heads:
             return 0
-        heads_max = max(heads) if isinstance(heads, list) else heads
+        head_width = width // max(1, *_figures(heads))
         kv_heads = self.hyperparameter("attention.head_count_kv") or heads
-        of_layers = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
-        key = self.hyperparameter("attention.key_length") or width // heads_max
-        value = self.hyperparameter("attention.value_length") or width // heads_max
-        return sum(int(count) * (int(key) + int(value)) * 2 for count in of_layers)
+        of_layers = sum(_figures(kv_heads)) * (1 if isinstance(kv_heads, list) else _figures(layers)[0])
+        key, value = (
+            _figures(self.hyperparameter(f"attention.{name}_length") or head_width)[0] for name in ("key", "value")
+        )
+        return of_layers * (key + value) * 2
+
+
+def _figures(value: object) -> list[int]:
+    """A whole number, or a list of them. Raises GgufInvalid for anything else."""
+    found: list[Any] = value if isinstance(value, list) else [value]
+    figures = [figure for figure in found if isinstance(figure, int) and figure >= 0]
+    if not found or len(figures) < len(found):
+        raise GgufInvalid("The file's head holds figures that no model has.")
+    return figures
 
 
 def read_head(path: Path) -> GgufHead:

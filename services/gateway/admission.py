@@ -1,22 +1,27 @@
-"""Admission: who asks, may they, and within their limits? One Redis round trip for a warm key.
+"""Admission: who asks, may they, and within their limits? One Redis round trip for a warm key, and no task.
 
     credential ─► identity ─► scope ─► limits ─► Admitted
        401           403        429      (also 503 where nobody can tell)
 
 A request that its scope forbids is still looked up in Redis (with weight 0: nothing is drawn), so that a revoked key
 gets its 401 before anything else.
+
+A step of it is Admitted; or Asking, to be judged once Redis has answered; or a coroutine's function, for all others:
+unknown keys, tokens, nobody at all, and everybody while Redis is away.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from services.gateway import cookies
 from services.gateway.addresses import owned_by
 from services.gateway.cookies import BrowserCookies, Shown
-from services.gateway.domain import Ceilings, KeyRecord
+from services.gateway.domain import Ceilings
 from services.gateway.heads import RequestHead
 from services.gateway.keys import Found, KeyStore
 from services.gateway.sessions import SessionStore
@@ -31,6 +36,7 @@ from shared.limits import (
     Lease,
     Limits,
     LocalLimiter,
+    Question,
     RedisLimiter,
     RedisUnavailable,
     Subject,
@@ -53,6 +59,29 @@ class Admitted:
     identity: Identity
     headers: dict[str, str]
     lease: Lease | None
+
+
+class Asker(NamedTuple):
+    """Who asks with a key, why they may not, and what it draws: nothing when they may not."""
+
+    route: Route
+    method: str
+    address: str
+    found: Found
+    identity: Identity
+    denied: PermissionDenied | None
+    weight: int
+
+
+class Asking(NamedTuple):
+    """Redis is being asked: when `question.call` ends there is something to judge."""
+
+    asker: Asker
+    question: Question
+
+
+Waiting = Callable[[], Coroutine[Any, Any, Admitted]]
+Step = Admitted | Asking | Waiting
 
 
 class Admission:
@@ -97,15 +126,30 @@ class Admission:
         self._duration_s = metrics.limiter_duration_s
         self.live_gateways = gateways
 
-    async def admit(self, route: Route, method: str, shown: Shown, address: str) -> Admitted:
-        """Let a request in, or raise Unauthenticated, PermissionDenied, RateLimited or Unavailable."""
+    def begin(self, route: Route, method: str, shown: Shown, address: str) -> Step:
+        """Begin to let a request in. Every step raises Unauthenticated, PermissionDenied, RateLimited, Unavailable."""
         try:
-            admitted = await self._admit(route, method, shown, address)
+            return self._begin(route, method, shown, address)
         except TollgateError as e:
             self._decisions.labels(e.code).inc()
             raise
-        self._admitted.inc()
-        return admitted
+
+    def judge(self, asking: Asking) -> Step:
+        """Redis has answered; where that decides nothing, the coroutine goes on from there."""
+        asker, question = asking
+        decision = self._limiter.decided(question)
+        if decision is None or decision.verdict is Verdict.STALE:
+            return partial(self._counted, partial(self._admit_asker, asker, question))
+        self._duration_s.observe(time.monotonic() - question.sent_s)
+        try:
+            return self._judged(asker.identity, asker.denied, decision)
+        except TollgateError as e:
+            self._decisions.labels(e.code).inc()
+            raise
+
+    def leave(self, asking: Asking) -> None:
+        """Nobody waits for what Redis answers."""
+        self._limiter.leave(asking.question)
 
     def shown(self, head: RequestHead) -> Shown:
         """What a request shows: an API key or token in a header, else a browser's token in a cookie."""
@@ -118,18 +162,39 @@ class Admission:
         """Give back the place of a request that has ended."""
         (self._local if lease.local else self._limiter).release(lease)
 
-    async def _admit(self, route: Route, method: str, shown: Shown, address: str) -> Admitted:
+    def _begin(self, route: Route, method: str, shown: Shown, address: str) -> Step:
         if route.access is Access.PUBLIC:
-            network = owned_by(address)
-            subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
-            identity = Identity(kind="anonymous", address=address)
-            return self._judged(identity, None, await self._decide(subject, self._weight(route), self._local_addresses))
+            return partial(self._counted, partial(self._admit_anybody, route, address))
         credential = shown.credential
         if not credential:
             raise Unauthenticated()
-        if credential.startswith(apikeys.PREFIX):
-            return await self._admit_key(route, method, credential, address)
-        return await self._admit_token(route, method, credential, shown.csrf_token, address)
+        if not credential.startswith(apikeys.PREFIX):
+            return partial(
+                self._counted, partial(self._admit_token, route, method, credential, shown.csrf_token, address)
+            )
+        if (found := self._keys.known(credential)) is None:
+            return partial(self._counted, partial(self._admit_key, route, method, credential, address))
+        asker = self._asker(route, method, address, found)
+        subject = found.record.subject(self._ceilings)
+        if (refusal := self._limiter.refused(subject, asker.weight)) is not None:
+            return self._judged(asker.identity, asker.denied, refusal)
+        try:
+            return Asking(asker, self._limiter.ask(subject, asker.weight))
+        except RedisUnavailable:
+            return partial(self._counted, partial(self._admit_asker, asker))
+
+    async def _counted(self, admit: Waiting) -> Admitted:
+        try:
+            return await admit()
+        except TollgateError as e:
+            self._decisions.labels(e.code).inc()
+            raise
+
+    async def _admit_anybody(self, route: Route, address: str) -> Admitted:
+        network = owned_by(address)
+        subject = Subject(tag=network, limit_id="anonymous", limits=self._anonymous_limits)
+        identity = Identity(kind="anonymous", address=address)
+        return self._judged(identity, None, await self._decide(subject, self._weight(route), self._local_addresses))
 
     async def _admit_token(
         self, route: Route, method: str, token: str, csrf_token: str | None, address: str
@@ -164,37 +229,42 @@ class Admission:
 
     async def _admit_key(self, route: Route, method: str, secret: str, address: str) -> Admitted:
         found = await self._keys.find(secret, owned_by(address))
+        return await self._admit_asker(self._asker(route, method, address, found))
+
+    async def _admit_asker(self, asker: Asker, question: Question | None = None) -> Admitted:
+        """Admit a key that was found; `question`: what Redis was asked already."""
         for _ in range(STALE_ATTEMPTS_MAX):
-            identity, denied, weight = self._asked(route, method, found.record, address)
             try:
-                decision = await self._decide_on_key(found, weight)
+                decision = await self._decide_on_key(asker, question)
             except RedisUnavailable:
-                if not found.fresh:  # without Redis only PostgreSQL knows whether the key still stands
-                    found = await self._keys.refresh(found.record)
-                    identity, denied, weight = self._asked(route, method, found.record, address)
-                decision = self._decide_locally(self._local, found.record.subject(self._ceilings), weight)
+                if not asker.found.fresh:  # without Redis only PostgreSQL knows whether the key still stands
+                    asker = await self._refreshed(asker)
+                decision = self._decide_locally(self._local, asker.found.record.subject(self._ceilings), asker.weight)
             if decision.verdict is not Verdict.STALE:
-                return self._judged(identity, denied, decision)
-            found = await self._keys.refresh(found.record)
+                return self._judged(asker.identity, asker.denied, decision)
+            asker, question = await self._refreshed(asker), None
         raise Unavailable("Keys cannot be checked right now. Retry.", retry_after_s=1, detail="version never matched")
 
-    def _asked(
-        self, route: Route, method: str, record: KeyRecord, address: str
-    ) -> tuple[Identity, PermissionDenied | None, int]:
-        """Who asks, why not, and what it draws: nothing when it is denied."""
-        identity = record.identity(address)
-        denied = _denial(route, method, identity) if record.may_be_used_from(address) else _wrong_address()
-        return identity, denied, 0 if denied else self._weight(route)
+    async def _refreshed(self, asker: Asker) -> Asker:
+        found = await self._keys.refresh(asker.found.record)
+        return self._asker(asker.route, asker.method, asker.address, found)
+
+    def _asker(self, route: Route, method: str, address: str, found: Found) -> Asker:
+        identity = found.record.identity(address)
+        denied = _denial(route, method, identity) if found.record.may_be_used_from(address) else _wrong_address()
+        return Asker(route, method, address, found, identity, denied, 0 if denied else self._weight(route))
 
     def _weight(self, route: Route) -> int:
         """What a request draws from its limits: as configured for the route, else as its table says."""
         return self._weights.get(route.prefix, route.weight) if self._weights else route.weight
 
-    async def _decide_on_key(self, found: Found, weight: int) -> Decision:
+    async def _decide_on_key(self, asker: Asker, question: Question | None) -> Decision:
         """Redis's decision. Raises RedisUnavailable, also when it answers but would not take the key's version."""
-        if not found.filled:
+        if question is not None:
+            return await self._timed(self._limiter.answer(question))
+        if not asker.found.filled:
             raise RedisUnavailable("the key's version could not be written")
-        return await self._decide_in_redis(found.record.subject(self._ceilings), weight)
+        return await self._decide_in_redis(asker.found.record.subject(self._ceilings), asker.weight)
 
     async def _decide(self, subject: Subject, weight: int, local: LocalLimiter) -> Decision:
         try:
@@ -203,10 +273,13 @@ class Admission:
             return self._decide_locally(local, subject, weight)
 
     async def _decide_in_redis(self, subject: Subject, weight: int) -> Decision:
+        return await self._timed(self._limiter.admit(subject, weight=weight))
+
+    async def _timed(self, decision: Coroutine[Any, Any, Decision]) -> Decision:
         started = time.perf_counter()
-        decision = await self._limiter.admit(subject, weight=weight)
+        decided = await decision
         self._duration_s.observe(time.perf_counter() - started)
-        return decision
+        return decided
 
     def _decide_locally(self, local: LocalLimiter, subject: Subject, weight: int) -> Decision:
         try:
@@ -221,6 +294,7 @@ class Admission:
             raise denied
         if not decision.admitted:
             raise _too_many(decision, headers)
+        self._admitted.inc()
         return Admitted(identity, headers, decision.lease)
 
 

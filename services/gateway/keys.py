@@ -78,21 +78,25 @@ class KeyStore:
         self._flights: Flights[Found] = Flights()
         link.subscribe(apikeys.CHANNEL, self._announced, self._records.clear)
 
-    async def find(self, secret: str, address: str) -> Found:
-        """The record of a key that is active and not expired.
-
-        Raises Unauthenticated, the same for every cause; Unavailable; RateLimited for an address that only guesses.
-        """
+    def known(self, secret: str) -> Found | None:
+        """The record of a key that this process knows; None for one that `find` has to look for. Raises as `find`."""
         if not apikeys.may_be_key(secret):
             self._junk.inc()
             raise Unauthenticated()
-        digests = [d.hex for d in self._peppers.candidates(secret)]
-        if (record := self._from_process(digests)) is not None:
-            self._known.inc()
-            return Found(self._usable(record), fresh=False)
+        if (record := self._from_process(self._peppers.candidates(secret))) is None:
+            return None
+        self._known.inc()
+        return Found(self._usable(record), fresh=False)
+
+    async def find(self, secret: str, address: str) -> Found:
+        """The record of a key that is active and not expired, and not `known`.
+
+        Raises Unauthenticated, the same for every cause; Unavailable; RateLimited for an address that only guesses.
+        """
         if not apikeys.is_well_formed(secret):
             self._junk.inc()
             raise Unauthenticated()
+        digests = [d.hex for d in self._peppers.candidates(secret)]
         if all(self._unknown.get(d) for d in digests):
             self._count("negative")
             raise Unauthenticated()
@@ -120,11 +124,11 @@ class KeyStore:
             raise Unauthenticated()
         return record
 
-    def _from_process(self, digests: list[str]) -> KeyRecord | None:
+    def _from_process(self, digests: list[apikeys.Digest]) -> KeyRecord | None:
         if not self._link.up:
             return None
         for digest in digests:
-            if (record := self._records.get(digest)) is not None:
+            if (record := self._records.get(digest.hex)) is not None:
                 return record
         return None
 

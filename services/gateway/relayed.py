@@ -4,44 +4,38 @@
       │ 4xx     │ 503        │ 408 502 504         │ broken: the connection breaks as well
       └─────────┴────────────┴─────────────────────┴──────────── the client hangs up: 499, the service is hung up on
 
-The first two are a task, the rest callbacks of the two connections. Nothing is buffered but request bodies that come
-before there is a connection (READ_AHEAD_BYTES), and responses that are known to be small: they go out in one piece, or
-as a clean 502. Back-pressure: while one side does not take what it is given, the other is not read. A request is sent
-again only when it was never sent: its connection was refused. A response that fails after it began ends without its
-proper end, so that no client can take a broken stream for a complete one.
+The first two are admitting.py, the rest callbacks of the two connections. Nothing is buffered but request bodies that
+come before there is a connection (READ_AHEAD_BYTES), and responses that are known to be small: they go out in one
+piece, or as a clean 502. Back-pressure: while one side does not take what it is given, the other is not read. A request
+is sent again only when it was never sent: its connection was refused. A response that fails after it began ends without
+its proper end, so that no client can take a broken stream for a complete one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from services.gateway.admitting import Admitting
 from services.gateway.errors import RequestTimeout
-from services.gateway.exchange import Exchange
-from services.gateway.heads import STATUS_LINES, RawHeaders, RequestHead, ResponseHead, read_request, read_response
+from services.gateway.heads import STATUS_LINES, RawHeaders, ResponseHead, read_request, read_response
 from shared import errors, ids
 from shared.errors import (
     BadGateway,
-    Internal,
     InvalidRequest,
     MethodNotAllowed,
     PayloadTooLarge,
     Timeout,
     TollgateError,
 )
-from shared.telemetry import get_logger
 
 if TYPE_CHECKING:
+    from services.gateway.client import Client
     from services.gateway.pool import UpstreamConnection
     from services.gateway.relay import Relay
-    from services.gateway.replicas import Replica
     from services.gateway.target import Target
-    from shared.limits import Lease
-
-log = get_logger(__name__)
 
 READ_AHEAD_BYTES = 64 * 1024
 WHOLE_BYTES_MAX = 64 * 1024
@@ -53,38 +47,13 @@ CLIENT_GONE_STATUS = 499  # nginx's number for it, in logs and metrics only
 NO_STORE = b"cache-control: no-store\r\n"
 
 
-class Client(Protocol):
-    """The client's connection, as the relay needs it."""
-
-    @property
-    def peer(self) -> str:
-        """The address at its other end."""
-
-    @property
-    def date_lines(self) -> bytes:
-        """The headers that the server itself adds to every response."""
-
-    def write(self, data: bytes) -> None:
-        """Send."""
-
-    def hold_reading(self, is_held: bool) -> None:
-        """Read no more for now, or again."""
-
-    def answered(self, exchange: Relayed, *, is_broken: bool) -> None:
-        """A response has ended, or will never: go on with the next request, or hang up."""
-
-
-class Relayed(Exchange):
+class Relayed(Admitting):
     """See the module. `response_complete` and `keep_alive` mean to uvicorn what they mean in its own cycles."""
 
     response_complete = False
     is_whole = False  # the request's body is in
     due_s = end_s = began_s = 0.0
-    _limit_headers: dict[str, str] | None = None
-    _lease: Lease | None = None
-    _task: asyncio.Task[None] | None = None
     _connection: UpstreamConnection | None = None
-    _replica: Replica | None = None
     _gzip: Any = None
     _is_chunked = _is_held = False
     _known: Mapping[bytes, bytes] = {}  # of the request's headers, once they are read
@@ -109,7 +78,6 @@ class Relayed(Exchange):
         self.keep_alive = keep_alive
         self._target = target
         self._headers = headers
-        self._head: RequestHead
         self._is_known_version = version in ("1.1", "1.0")
         self._is_http_10 = version != "1.1"
         self._pieces: list[bytes] = []  # of the request's body, then of the response's
@@ -127,7 +95,7 @@ class Relayed(Exchange):
             self.fail(e)
             return
         if not self.response_complete:
-            self._task = self._relay.loop.create_task(self._admit_and_send())
+            self.admit()
 
     def feed(self, data: bytes) -> None:
         """A piece of the request's body."""
@@ -176,25 +144,6 @@ class Relayed(Exchange):
             self._replica.failed(self._relay.now_s())
         self.fail(Timeout(detail=f"{self.service}: {'idle' if self.status else 'first byte'} timeout"))
 
-    # The task
-
-    async def _admit_and_send(self) -> None:
-        assert self._target.route is not None
-        head, relay = self._head, self._relay
-        try:
-            shown = relay.admission.shown(head)
-            admitted = await relay.admission.admit(self._target.route, self.method, shown, self.address)
-            self.identity, self._limit_headers, self._lease = admitted.identity, admitted.headers, admitted.lease
-            upstream = relay.upstreams[self.service]
-            self._replica, connection = upstream.take() or await upstream.connect()
-            self._task = None
-            self._send(connection)
-        except Exception as e:
-            self._task = None
-            if not isinstance(e, TollgateError):
-                log.exception("request_crashed", request_id=self.request_id, endpoint=self.route)
-            self.fail(e if isinstance(e, TollgateError) else Internal())
-
     def _read(self) -> None:
         """What the head says. Raises for what no service should ever see."""
         route = self._target.route
@@ -229,7 +178,6 @@ class Relayed(Exchange):
     # The service's side
 
     def _send(self, connection: UpstreamConnection) -> None:
-        """Send the request, as far as it is there."""
         assert self._replica is not None
         head, body = self._head, b"".join(self._pieces)
         self._pieces = []
@@ -385,9 +333,7 @@ class Relayed(Exchange):
 
     def _leave(self) -> None:
         """Stop what runs for this request."""
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self._stop_admitting()
         if self._connection is not None:
             self._connection.abandon()
             self._connection = None

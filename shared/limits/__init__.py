@@ -16,7 +16,7 @@ set forward: windows pass too early by as much. A process killed: its leases exp
 
 from shared.limits.cluster import ClusterLink, create_link
 from shared.limits.headers import rate_limit_headers, token_headers
-from shared.limits.limiter import RedisLimiter
+from shared.limits.limiter import Question, RedisLimiter
 from shared.limits.link import CommandRefused, Link, RedisLink, RedisUnavailable
 from shared.limits.local import LocalLimiter, TooManySubjects
 from shared.limits.policy import Decision, Lease, Limits, Subject, Verdict, WindowState
@@ -31,6 +31,7 @@ __all__ = [
     "Limits",
     "Link",
     "LocalLimiter",
+    "Question",
     "RedisLimiter",
     "RedisLink",
     "RedisUnavailable",

@@ -40,6 +40,21 @@ class _Refusal(NamedTuple):
     until_s: float
 
 
+class Question(NamedTuple):
+    """What Redis was asked; `call` ends with its answer."""
+
+    subject: Subject
+    weight: int
+    lease_id: str
+    sent_s: float
+    prepared: tuple[Argument, ...]
+    call: asyncio.Future[Any]
+
+    @property
+    def lease_names(self) -> tuple[str, ...]:
+        return self.subject.lease_names if self.weight else ()
+
+
 class RedisLimiter:
     """Decides by admit.lua, and keeps the leases of requests that run."""
 
@@ -65,7 +80,7 @@ class RedisLimiter:
 
     def refused(self, subject: Subject, weight: int) -> Decision | None:
         """The refusal that Redis would give now without being asked, or None."""
-        refusal = self._refusals.get(subject.state_name)
+        refusal = self._refusals.get(subject.state_name) if self._refusals and weight else None
         if refusal is None:
             return None
         now_s = time.monotonic()
@@ -78,29 +93,56 @@ class RedisLimiter:
 
     async def admit(self, subject: Subject, *, weight: int = 1) -> Decision:
         """Decide and, when admitted, record. Weight 0 only looks. Raises RedisUnavailable: then nobody knows."""
-        if self._refusals and weight and (refusal := self.refused(subject, weight)) is not None:
+        if (refusal := self.refused(subject, weight)) is not None:
             return refusal
-        lease_names = subject.lease_names if weight else ()
-        lease_id = f"{self._lease_prefix}-{next(self._lease_numbers)}" if lease_names else ""
-        sent_s = time.monotonic()
-        arguments: tuple[Argument, ...] = (weight, lease_id, self._lease_ttl_ms, subject.version, *subject.figures)
+        return await self.answer(self.ask(subject, weight))
+
+    def ask(self, subject: Subject, weight: int) -> Question:
+        """Ask Redis, without waiting: then `decided`, `answer` or `leave`. Raises RedisUnavailable."""
+        has_lease = weight and subject.lease_names
+        lease_id = f"{self._lease_prefix}-{next(self._lease_numbers)}" if has_lease else ""
+        prepared = self._admit.prepared(
+            subject.names, (weight, lease_id, self._lease_ttl_ms, subject.version, *subject.figures)
+        )
+        return Question(subject, weight, lease_id, time.monotonic(), prepared, self._admit.start(prepared))
+
+    async def answer(self, question: Question) -> Decision:
+        """The decision. Raises RedisUnavailable."""
         try:
-            answer = await self._admit(subject.names, arguments)
+            return self._decision(question, await self._admit.finish(question.call, question.prepared))
         except asyncio.CancelledError:
-            for name in lease_names:  # replies are in order: this runs after the script, if that runs at all
-                self._link.send("ZREM", name, lease_id)
+            self._forget(question)
             raise
+
+    def decided(self, question: Question) -> Decision | None:
+        """The decision, when `question.call` has ended; None when only `answer` knows what to do."""
+        return None if question.call.exception() else self._decision(question, question.call.result())
+
+    def leave(self, question: Question) -> None:
+        """Nobody waits for the decision any more."""
+        question.call.cancel()
+        self._forget(question)
+
+    def _forget(self, question: Question) -> None:
+        """Replies are in order: this runs after the script, if that runs at all."""
+        for name in question.lease_names:
+            self._link.send("ZREM", name, question.lease_id)
+
+    def _decision(self, question: Question, answer: list[Any]) -> Decision:
+        """What the script's answer means."""
+        subject = question.subject
         if answer[0] == 1:
+            lease_names = question.lease_names
             for name in lease_names:
-                self._held.setdefault(name, set()).add(lease_id)
-            lease = Lease(lease_id, lease_names) if lease_names else None
+                self._held.setdefault(name, set()).add(question.lease_id)
+            lease = Lease(question.lease_id, lease_names) if lease_names else None
             return Decision(Verdict.ADMITTED, _windows(subject, answer), None, lease, subject.policy)
         if answer[0] == -1:
             return Decision(Verdict.STALE)
         decision = Decision(
             Verdict.REFUSED, _windows(subject, answer), _crowded(subject, answer), policy=subject.policy
         )
-        self._remember(subject, weight, decision, sent_s)
+        self._remember(subject, question.weight, decision, question.sent_s)
         return decision
 
     def release(self, lease: Lease) -> None:

@@ -25,12 +25,25 @@ class Script:
 
     async def __call__(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> Any:
         """The script's answer. Raises RedisUnavailable."""
+        prepared = self.prepared(names, arguments)
+        return await self.finish(self.start(prepared), prepared)
+
+    def prepared(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
+        """A call as `start` and `finish` take it."""
+        return (len(names), *names, *arguments)
+
+    def start(self, prepared: tuple[Argument, ...]) -> asyncio.Future[Any]:
+        """Call the script. What comes of it may be NOSCRIPT: `finish` knows what to do. Raises RedisUnavailable."""
+        return self._link.call("EVALSHA", self._sha, *prepared)
+
+    async def finish(self, call: asyncio.Future[Any], prepared: tuple[Argument, ...]) -> Any:
+        """The answer of a call that was started. Raises RedisUnavailable."""
         try:
-            return await self._link.call("EVALSHA", self._sha, len(names), *names, *arguments)
+            return await call
         except CommandRefused as e:
             if not e.is_noscript:
                 raise
-        return await self._link.call("EVAL", self._text, len(names), *names, *arguments)
+        return await self._link.call("EVAL", self._text, *prepared)
 
     def send(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> None:
         """Run it and ignore what comes of it."""

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import io
-from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
@@ -12,6 +11,7 @@ from uvicorn.server import ServerState
 
 from services.gateway.access_log import AccessLog
 from services.gateway.addresses import ClientAddresses
+from services.gateway.admission import Admitted
 from services.gateway.pool import UpstreamConnection
 from services.gateway.protocol import EdgeProtocol
 from services.gateway.relay import Cors, Relay, Timeouts
@@ -64,9 +64,8 @@ class _Admission:
     def shown(self, head: Any) -> Any:
         return head
 
-    async def admit(self, *_: Any) -> Any:
-        identity = Identity(kind="key", org_id="o", user_id="u", key_id="k", scopes=("*",))
-        return SimpleNamespace(identity=identity, headers={}, lease=None)
+    def begin(self, *_: Any) -> Any:
+        return Admitted(Identity(kind="key", org_id="o", user_id="u", key_id="k", scopes=("*",)), {}, None)
 
     def release(self, _lease: Any) -> None:
         raise AssertionError("there was none")

@@ -27,8 +27,8 @@ class TimedScript(Script):
         super().__init__(link, text.replace(CLOCK_CALL, "{ ARGV[#ARGV - 1], ARGV[#ARGV] }"))
         self.now = EPOCH
 
-    async def __call__(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> Any:
-        return await super().__call__(names, (*arguments, self.now // SECOND, self.now % SECOND))
+    def prepared(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
+        return super().prepared(names, (*arguments, self.now // SECOND, self.now % SECOND))
 
 
 class TimedLimiter:

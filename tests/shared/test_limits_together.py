@@ -134,3 +134,19 @@ async def test_a_caller_that_leaves_while_it_waits_keeps_no_lease(link: RedisLin
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
     assert await link.call("ZCARD", it.leases_name) == 0
+
+
+async def test_a_question_that_is_left_keeps_no_lease_whether_or_not_its_answer_has_come(link: RedisLink) -> None:
+    limiter = RedisLimiter(link)
+    it = subject(Limits(concurrency=5))
+    await limiter.admit(it, weight=0)
+    unanswered, answered = limiter.ask(it, 1), limiter.ask(it, 1)
+    limiter.leave(unanswered)
+    await answered.call
+    limiter.leave(answered)
+    assert await link.call("ZCARD", it.leases_name) == 0
+    lease = (await limiter.admit(it)).lease
+    assert lease is not None
+    limiter.release(lease)
+    await limiter.renew_leases()
+    assert await link.call("ZCARD", it.leases_name) == 0

@@ -63,8 +63,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver: Receiver | None = None
         self._headers: RawHeaders = []
         self._is_interim = self._has_head = self._has_ended = self._until_close = self._is_request_complete = False
-        self._is_last = self._is_held = False
+        self._is_last = False
         self._unparsed = 0
+        self.is_held = False  # the client takes the response more slowly than it comes
         self.is_reusable = True
         self.idle_since_s = 0.0
         self.loop_time_s = asyncio.get_running_loop().time
@@ -87,8 +88,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def hold_reading(self, is_held: bool) -> None:
         """Read no more for now, or again."""
-        if is_held != self._is_held:
-            self._is_held = is_held
+        if is_held != self.is_held:
+            self.is_held = is_held
             self.transport.pause_reading() if is_held else self.transport.resume_reading()
 
     def abandon(self) -> None:

@@ -140,7 +140,7 @@ class Relayed(Admitting):
             self.fail(RequestTimeout())
             return
         self._relay.count_error(self.service, "timeout")
-        if self._replica is not None:
+        if self._replica is not None and not (self._connection and self._connection.is_held):  # then it is the client
             self._replica.failed(self._relay.now_s())
         self.fail(Timeout(detail=f"{self.service}: {'idle' if self.status else 'first byte'} timeout"))
 

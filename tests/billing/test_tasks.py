@@ -146,8 +146,14 @@ class Interrupted:
         return await self.ledger.writer.submit(operation)
 
 
-async def test_an_outage_in_the_middle_of_a_pass_ends_it(lonely_url: str, org_id: UUID) -> None:
+async def test_an_outage_in_the_middle_of_a_pass_ends_it(lonely_url: str) -> None:
     async with ledger_on(lonely_url) as plain, behind_a_gate(plain) as (behind, gate):
+
+        async def shared() -> bool:
+            return 0 < len(behind.writer.led) < SHARDS
+
+        await wait_until(shared, "a shard for each process")
+        org_id = next(wallet for wallet in iter(uuid4, None) if behind.writer.writer_of(wallet).accepts)
         interrupted = Interrupted(behind, gate)
         sweeper = Sweeper(behind.database, interrupted, behind.metrics, interval_s=1, batch_max=100, hold_grace_s=0.1)
         holds = [await plain.held(org_id, 100) for _ in range(10)]

@@ -133,6 +133,21 @@ async def test_of_two_owners_that_leave_at_once_one_stays(auth: Auth) -> None:
     assert sorted(a.status_code for a in answers) == [204, 409]
 
 
+async def test_a_plain_members_key_does_not_write_to_the_organisations_money(auth: Auth) -> None:
+    owner, admin, member = [await auth.user() for _ in range(3)]
+    org_id = await organization(auth, owner)
+    await add(auth, org_id, owner, admin, "admin")
+    await add(auth, org_id, owner, member)
+
+    async def make(user: User, scope: str, where: str) -> int:
+        body = {"name": "money", "scopes": [scope]}
+        return (await auth.call("POST", f"/api/v1/keys{where}", token=user.access_token, json=body)).status_code
+
+    team = f"?organization_id={org_id}"
+    assert [await make(user, "billing:write", team) for user in (owner, admin, member)] == [201, 201, 403]
+    assert [await make(member, "billing:read", team), await make(member, "billing:write", "")] == [201, 201]
+
+
 async def test_members_see_their_own_keys_and_owners_everybodys_and_nobody_another_organisations(auth: Auth) -> None:
     owner, member, stranger = [await auth.user() for _ in range(3)]
     org_id = await organization(auth, owner)

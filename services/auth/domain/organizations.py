@@ -59,6 +59,17 @@ class Invitation:
     expires_at: datetime
 
 
+MANAGING_SCOPES = frozenset({"billing:write"})
+"""What changes an organisation's money and budgets: owners' and admins'."""
+
+
+def scopes_within(role: OrgRole, scopes: tuple[str, ...]) -> tuple[str, ...]:
+    """What of a person's scopes holds in an organisation where they have this role, for themselves and their keys."""
+    if role is not OrgRole.MEMBER:
+        return scopes
+    return tuple(scope for scope in scopes if scope not in MANAGING_SCOPES)
+
+
 def check_may_manage(own: OrgRole, other: OrgRole) -> None:
     """Raise NotAllowedInOrganization unless a member may manage those of a role: owners all, admins all but owners."""
     if own is OrgRole.MEMBER or (own is OrgRole.ADMIN and other is OrgRole.OWNER):

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import Account, Actor, Origin, UserStatus
-from services.auth.domain.organizations import OrgRole
+from services.auth.domain.organizations import OrgRole, scopes_within
 from services.auth.errors import OrganizationNotFound, SessionEnded
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository
@@ -31,7 +31,8 @@ class Access:
         A person may ask for another one of theirs: OrganizationNotFound for others. A key is in one for good.
         Raises Unauthenticated, SessionEnded.
 
-        A person has the scopes of their roles; a key has its own, and its owner's roles (which need `admin`).
+        A person has the scopes of their roles, but for what a plain member may not do in an organisation; a key has its
+        own, and its owner's roles (which need `admin`).
         """
         try:
             user_id, home_id = UUID(identity.user_id), UUID(identity.org_id)
@@ -47,9 +48,10 @@ class Access:
                 account = await AccountRepository(session).find(user_id, org_id) if identity.kind == "user" else None
                 if account is None:
                     raise OrganizationNotFound(param="organization_id")
-        scopes = account.scopes if identity.kind == "user" else identity.scopes
+        role = OrgRole(account.org_role)
+        scopes = scopes_within(role, account.scopes) if identity.kind == "user" else identity.scopes
         resolved = replace(identity, org_id=str(account.org_id), roles=account.roles, scopes=scopes, plan=account.plan)
-        return Actor(resolved, origin, OrgRole(account.org_role))
+        return Actor(resolved, origin, role)
 
     async def _require_session(self, sessions: SessionRepository, identity: Identity, account: Account) -> None:
         try:

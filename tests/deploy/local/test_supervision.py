@@ -105,6 +105,9 @@ def test_a_program_that_cannot_run_says_why_and_what_to_do(running: Stack) -> No
             wait_healthy(running.supervisor, running.layout, running.valkey.program())
     finally:
         configuration.write_text(good)
+        running.supervisor.stop("valkey")
+        running.supervisor.start("valkey")
+        eventually(lambda: rows(running)["valkey"].problem is None)
     message = str(failure.value)
     assert failure.value.program == "valkey"
     assert "Valkey 9 failed: it keeps ending" in message

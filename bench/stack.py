@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from deploy.local.ports import pick_port
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 600
@@ -23,7 +24,7 @@ def running(**variables: str) -> Iterator[dict[str, str]]:
     `variables` are further settings of the launcher. Raises CalledProcessError if it fails.
     """
     state = tempfile.mkdtemp(prefix="tollgate-bench-")
-    environment = {**os.environ, "TOLLGATE_STATE": state, "TOLLGATE_PORT": str(free_port()), **variables}
+    environment = {**os.environ, "TOLLGATE_STATE": state, "TOLLGATE_PORT": str(pick_port()), **variables}
     try:
         _make("up", environment)
         yield {**read(Path(state) / "dev.env"), "TOLLGATE_STATE": state}
@@ -36,14 +37,6 @@ def read(path: Path) -> dict[str, str]:
     """The NAME=value lines of an env file; quotes removed."""
     pairs = (line.partition("=") for line in path.read_text().splitlines() if "=" in line and not line.startswith("#"))
     return {name.removeprefix("export ").strip(): value.strip().strip("'\"") for name, _, value in pairs}
-
-
-def free_port() -> int:
-    """A port that nobody listens on right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def _make(target: str, environment: dict[str, str]) -> None:

@@ -21,7 +21,8 @@ import argon2
 import asyncpg
 import psutil
 
-from bench.stack import ROOT, free_port
+from bench.stack import ROOT
+from deploy.local.ports import pick_port
 from deploy.local.postgres import OWNER
 from deploy.local.stack import Stack
 from deploy.local.state import Layout
@@ -91,7 +92,7 @@ class Service:
 @contextmanager
 def serving(owner_url: str, redis_url: str) -> Iterator[Service]:
     """One process with the default settings."""
-    listen = f"127.0.0.1:{free_port()}"
+    listen = f"127.0.0.1:{pick_port()}"
     environment = {
         "PATH": os.environ["PATH"],
         "TOLLGATE_AUTH_DATABASE_URL": role_url(owner_url, "tollgate_auth"),

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.edge.stores import Stores
-from bench.stack import ROOT, free_port
+from bench.stack import ROOT
+from deploy.local.ports import pick_port
 
 CHAT = "/v1/chat/completions"
 START_TIMEOUT_S = 120.0
@@ -139,7 +140,7 @@ def children(pid: int) -> list[int]:
 @contextmanager
 def service(core: set[int]) -> Iterator[str]:
     """The service behind all of them: its host:port."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{pick_port()}"
     with started([sys.executable, "-m", "bench.edge.service", address], core) as process:
         wait_for(f"http://{address}/healthz", process)
         yield address
@@ -148,7 +149,7 @@ def service(core: set[int]) -> Iterator[str]:
 @contextmanager
 def gateway(core: set[int], service_address: str, stores: Stores) -> Iterator[Contender]:
     """Ours: key, three windows and concurrency on."""
-    port, internal = free_port(), free_port()
+    port, internal = pick_port(), pick_port()
     environment = {
         **stores.environment,
         "TOLLGATE_GATEWAY_LISTEN": f"127.0.0.1:{port}",
@@ -164,7 +165,7 @@ def gateway(core: set[int], service_address: str, stores: Stores) -> Iterator[Co
 @contextmanager
 def nginx(core: set[int], service_address: str, binary: str, *, auth: bool) -> Iterator[Contender]:
     """nginx in front of the service, with a sub-request for each request or without."""
-    port, directory = free_port(), tempfile.mkdtemp(prefix="tollgate-bench-nginx-")
+    port, directory = pick_port(), tempfile.mkdtemp(prefix="tollgate-bench-nginx-")
     Path(directory).chmod(0o755)
     configuration = Path(directory, "nginx.conf")
     configuration.write_text(
@@ -188,7 +189,7 @@ def nginx(core: set[int], service_address: str, binary: str, *, auth: bool) -> I
 @contextmanager
 def bare(core: set[int], service_address: str) -> Iterator[Contender]:
     """A relay of uvicorn and aiohttp that checks nothing."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{pick_port()}"
     command = [sys.executable, "-m", "bench.edge.bare", address, f"http://{service_address}"]
     with started(command, core) as process:
         wait_for(f"http://{address}/healthz", process)

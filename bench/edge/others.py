@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.edge.contenders import CHAT, Contender, children, started, wait_for
-from bench.stack import ROOT, free_port
+from bench.stack import ROOT
+from deploy.local.ports import pick_port
 
 ENVIRONMENTS = ROOT / ".tollgate" / "bench"
 
@@ -50,10 +51,10 @@ def nginx_binary() -> Iterator[str]:
 def sglang_router(core: set[int], service_address: str) -> Iterator[Contender]:
     """sglang-router, which checks nothing; its own environment."""
     python = _environment("sglang-router", "sglang-router")
-    port = free_port()
+    port = pick_port()
     command = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-urls", f"http://{service_address}", "--policy", "round_robin"]
-    command += ["--prometheus-port", str(free_port()), "--log-level", "error"]
+    command += ["--prometheus-port", str(pick_port()), "--log-level", "error"]
     with started(command, core) as process:
         wait_for(f"http://127.0.0.1:{port}/health", process)
         yield Contender("sglang-router", f"http://127.0.0.1:{port}{CHAT}", children(process.pid))
@@ -67,7 +68,7 @@ def litellm(core: set[int], service_address: str) -> Iterator[Contender]:
     Without them it does less than ours for a request, so that the comparison flatters it.
     """
     python = _environment("litellm", "litellm[proxy]")
-    port, master = free_port(), "sk-bench"
+    port, master = pick_port(), "sk-bench"
     target = {"model": "openai/bench", "api_base": f"http://{service_address}/v1", "api_key": "x"}
     configuration = {
         "model_list": [{"model_name": "bench", "litellm_params": target}],

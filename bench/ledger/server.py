@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.stack import free_port
+from deploy.local.ports import pick_port
 from deploy.local.postgres import SUPERUSER, Postgres
 from deploy.local.stack import Stack
 from deploy.local.state import Layout
@@ -74,7 +74,7 @@ class Server:
     @contextmanager
     def billing(self) -> Iterator[tuple[str, int]]:
         """`python -m services.billing` on it: its gRPC address and process id."""
-        http, grpc = free_port(), free_port()
+        http, grpc = pick_port(), pick_port()
         environment = {
             "PATH": os.defpath,
             "TOLLGATE_IDENTITY_KEYS": IDENTITY_KEYS,
@@ -96,7 +96,7 @@ class Server:
 def running() -> Iterator[Server]:
     """A fresh cluster with billing's schema and one price; gone at the end."""
     state = Path(tempfile.mkdtemp(prefix="tollgate-bench-"))
-    stack = Stack(Layout(ROOT, state / "state"), free_port(), {})
+    stack = Stack(Layout(ROOT, state / "state"), pick_port(), {})
     try:
         stack.start_data_stores()
         server = Server(stack.postgres)

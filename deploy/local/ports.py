@@ -56,7 +56,7 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def pick_port(avoid: frozenset[int]) -> int:
+def pick_port(avoid: frozenset[int] = frozenset()) -> int:
     """A free port outside `avoid`, reserved by this process. Raises LaunchError when chance finds none."""
     for _ in range(PORT_ATTEMPTS):
         port = PORT_RANGE.start + secrets.randbelow(len(PORT_RANGE))

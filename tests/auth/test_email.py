@@ -14,10 +14,10 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from pydantic import SecretStr, ValidationError
 
+from deploy.local.ports import pick_port
 from services.auth.repository.email import EmailRepository
 from tests.auth.harness import PASSWORD, Auth, running, settings
 from tests.conftest import Components
-from tests.gateway.outages import free_port
 
 NEW_PASSWORD = "a longer horse, a better battery"
 LINKS = "https://app.example.com/account"
@@ -67,7 +67,7 @@ class Postbox:
 @pytest.fixture(scope="module")
 def server() -> Any:
     postbox = Postbox()
-    controller = Controller(postbox, hostname="127.0.0.1", port=free_port())
+    controller = Controller(postbox, hostname="127.0.0.1", port=pick_port())
     controller.start()
     yield postbox, f"smtp://127.0.0.1:{controller.port}"
     controller.stop()

@@ -14,18 +14,19 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
+from deploy.local.ports import pick_port
 from services.auth.domain.oidc import OidcProvider, is_own_page
 from tests.auth.front import Front, front
 from tests.auth.harness import PASSWORD, User
 from tests.conftest import Components
-from tests.gateway.outages import eventually, free_port
+from tests.gateway.outages import eventually
 
 CALLBACK = "/api/v1/auth/oidc/{}/callback"
 
 
 @pytest.fixture(scope="module")
 def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
+    port = pick_port()
     command = [sys.executable, "-m", "oidc_provider_mock", "--port", str(port), "--require-nonce", "true"]
     with (tmp_path_factory.mktemp("oidc") / "log").open("w") as log:
         environment = {"PATH": os.environ["PATH"]}
@@ -46,7 +47,7 @@ async def whole(owner_url: str, components: Components, issuer: str) -> AsyncIte
         provider(issuer, "corp"),
         provider(issuer, "trusted", link_by_email=True),
         provider(issuer, "known-only", create_users=False),
-        provider(f"http://127.0.0.1:{free_port()}", "gone"),
+        provider(f"http://127.0.0.1:{pick_port()}", "gone"),
     )
 
     async def answers() -> bool:

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import asyncpg
 import httpx
 import pytest
 
+from deploy.local.ports import pick_port
 from shared.apikeys import Peppers
 from shared.clock import SystemClock
 from shared.database import dsn
@@ -34,9 +34,7 @@ BOOTSTRAP_PASSWORD = "a password for the first user"
 def environment(fresh_database: FreshDatabase, components: Components) -> dict[str, str]:
     """What the launcher gives to auth's commands, over an empty database."""
     owner_url = fresh_database("auth")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    listen = f"127.0.0.1:{pick_port()}"
     return {
         "PATH": os.environ["PATH"],
         "TOLLGATE_DATABASE_URL": owner_url,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import httpx
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from deploy.local.ports import pick_port
 from services.billing.app import build
 from services.billing.cli import migrate_urls
 from services.billing.clients import GrpcPeers
@@ -58,13 +58,6 @@ TERMS = PriceTerms(per_request=0, input=0, cached_input=0, output=1_000_000)
 SIGNUP_NANO = 1_000
 DEADLINE_S = 30.0
 SHARDS = 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def migrate(owner_url: str) -> None:
@@ -253,7 +246,7 @@ async def running(owner_url: str, **changes: Any) -> AsyncIterator[App]:
         "billing_shards": SHARDS,
     }
     async with AsyncExitStack() as stack:
-        port = free_port()
+        port = pick_port()
         values["billing_grpc_advertise"] = f"127.0.0.1:{port}"
         readiness = Readiness()
         service = await build(BillingSettings(**{**values, **changes}), stack, readiness)

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from deploy.local.ports import pick_port
 from services.billing.ledger.operations import Operation
 from services.billing.ledger.results import Held, Result, Settled
 from shared.errors import TollgateError
@@ -22,7 +23,6 @@ from tests.billing.harness import (
     SIGNUP_NANO,
     Ledger,
     caller,
-    free_port,
     grant,
     ledger_on,
     person,
@@ -88,7 +88,7 @@ class Load:
 
 @pytest.mark.timeout(300)
 async def test_kill_9_of_the_service_under_load_neither_loses_nor_doubles_a_credit(owner_url: str) -> None:
-    org_id, http_port, grpc_port = uuid4(), free_port(), free_port()
+    org_id, http_port, grpc_port = uuid4(), pick_port(), pick_port()
     chat = caller(f"127.0.0.1:{grpc_port}")
     limits = MeteringLimits(hold_ttl_ms=60_000, settle_wait_s=60, call_timeout_s=2)
     metering = Metering(chat, limits=limits)

@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from deploy.local.ports import pick_port
 from services.billing.ledger.failpoints import FAILPOINTS, Failpoint
 from shared.errors import PaymentRequired, TollgateError
 from shared.grpc import Caller
@@ -22,7 +23,6 @@ from tests.billing.harness import (
     SHARDS,
     Ledger,
     caller,
-    free_port,
     grant,
     ledger_on,
     person,
@@ -53,10 +53,10 @@ async def test_of_500_holders_at_two_processes_exactly_as_many_succeed_as_there_
 ) -> None:
     async with ledger_on(lonely_url) as ledger:
         await ledger.writer.submit(grant(org_id, EXACTLY * PRICE + PRICE - 1))
-    ports = [free_port() for _ in range(2)]
+    ports = [pick_port() for _ in range(2)]
     with ExitStack() as stack:
         for port in ports:
-            stack.enter_context(service_process(lonely_url, free_port(), port))
+            stack.enter_context(service_process(lonely_url, pick_port(), port))
         callers = [caller(f"127.0.0.1:{port}") for port in ports]
         clients = [Metering(each, limits=PATIENT) for each in callers]
         for client in clients:
@@ -106,7 +106,7 @@ async def test_kill_9_at_a_failpoint_leaves_every_operation_applied_once(lonely_
     async with ledger_on(lonely_url) as ledger:
         for org_id in wallets:
             await ledger.writer.submit(grant(org_id, CREDITS))
-    rng, port, http_port = random.Random(failpoint), free_port(), free_port()
+    rng, port, http_port = random.Random(failpoint), pick_port(), pick_port()
     chat = caller(f"127.0.0.1:{port}")
     client = Metering(chat, limits=PATIENT)
     # A point of leadership is reached once a shard; a batch's many times.

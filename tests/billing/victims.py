@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from deploy.local.errors import LaunchError, NotReady
+from deploy.local.ports import pick_port
 from deploy.local.stack import Stack
 from deploy.local.state import Layout
 from services.billing.ledger.failpoints import Failpoint
-from tests.billing.harness import ROOT, free_port, migrate, service_process
+from tests.billing.harness import ROOT, migrate, service_process
 from tests.billing.trap import Trap, Victim, WirePoint
 
 PROCESSES = 2
@@ -47,7 +48,7 @@ class Victims:
                 trap = Trap("127.0.0.1", self.stack.postgres.port, partial(self.kill, number))
                 await trap.start()
                 self.traps.append(trap)
-                self._ports.append((free_port(), free_port()))
+                self._ports.append((pick_port(), pick_port()))
                 self._contexts.append(ExitStack())
                 self._processes.append(None)
             yield

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from deploy.local.ports import pick_port
 from tests.conftest import ROOT
 from tests.gateway.harness import IDENTITY_KEYS, PEPPERS
-from tests.gateway.outages import DEADLINE_S, eventually, free_port
+from tests.gateway.outages import DEADLINE_S, eventually
 
 
 @dataclass
@@ -91,14 +92,14 @@ async def fleet(count: int, redis_url: str, database_url: str, service_url: str,
     async with AsyncExitStack() as stack:
         processes = []
         for _ in range(count):
-            port = free_port()
+            port = pick_port()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "services.gateway"),
                 cwd=ROOT,
                 env={
                     "PATH": os.environ["PATH"],
                     "TOLLGATE_GATEWAY_LISTEN": f"127.0.0.1:{port}",
-                    "TOLLGATE_GATEWAY_INTERNAL_LISTEN": f"127.0.0.1:{free_port()}",
+                    "TOLLGATE_GATEWAY_INTERNAL_LISTEN": f"127.0.0.1:{pick_port()}",
                     "TOLLGATE_GATEWAY_DATABASE_URL": database_url,
                     "TOLLGATE_REDIS_URL": redis_url,
                     "TOLLGATE_IDENTITY_KEYS": IDENTITY_KEYS,

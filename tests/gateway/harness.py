@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 
+from deploy.local.ports import pick_port
 from services.auth.cli import migrate_urls
 from services.auth.clients import ChangeChannel
 from services.auth.domain import KeyEvent, SessionEvent
@@ -32,7 +33,7 @@ from shared.http_protocol import GuardedHttpProtocol
 from shared.identity import HEADER, Identity, IdentityRing
 from shared.web import Readiness
 from tests.conftest import role_url
-from tests.gateway.outages import DEADLINE_S, eventually, free_port
+from tests.gateway.outages import DEADLINE_S, eventually
 
 IDENTITY_KEYS = f"test:{base64.b64encode(b'i' * 32).decode()}"
 PEPPERS = f"1:{base64.b64encode(b'p' * 32).decode()}"
@@ -48,7 +49,7 @@ class Server(uvicorn.Server):
     """uvicorn without signal handlers, on a free port."""
 
     def __init__(self, app: Any, port: int = 0, protocol: Any = GuardedHttpProtocol) -> None:
-        self.port = port or free_port()
+        self.port = port or pick_port()
         super().__init__(
             uvicorn.Config(
                 app,

@@ -15,16 +15,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.local.ports import pick_port
+
 DEADLINE_S = 20.0
 # PostgreSQL: BindComplete, then a DataRow with its length and the number of its columns.
 ONE_ROW = re.compile(rb"(2\x00\x00\x00\x04D.{4})..", re.DOTALL)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 async def eventually(condition: Callable[[], bool | Awaitable[bool]], deadline_s: float = DEADLINE_S) -> None:
@@ -50,7 +45,7 @@ class Valkey:
     """A Valkey of one test's own."""
 
     def __init__(self, directory: Path) -> None:
-        self.port = free_port()
+        self.port = pick_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,7 +90,7 @@ class TcpSwitch:
         rest = target_url.rpartition("@")[2]
         host, _, port = rest.partition("/")[0].partition(":")
         self._target = (host, int(port))
-        self.port = free_port()
+        self.port = pick_port()
         self.url = target_url.replace(f"{host}:{port}", f"127.0.0.1:{self.port}")
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()

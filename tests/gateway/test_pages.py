@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 from redis.asyncio import Redis
 
+from deploy.local.ports import pick_port
 from services.auth.clients import UsageStream
 from services.auth.domain import DailyUse
 from services.gateway.openapi import merge
@@ -18,7 +19,7 @@ from services.gateway.upstreams import ROUTES, RouteTable
 from shared.apikeys import USAGE_STREAM
 from tests.conftest import Components
 from tests.gateway.harness import Backend, Directory, Gateway, answer, gateway, settings
-from tests.gateway.outages import eventually, free_port
+from tests.gateway.outages import eventually
 
 
 def part(paths: list[str], schema: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +101,7 @@ async def test_the_document_survives_a_service_that_is_down(
         await answer(send, 200, offered)
 
     backend.handlers["/openapi.json"] = openapi
-    nowhere = f"http://127.0.0.1:{free_port()}"
+    nowhere = f"http://127.0.0.1:{pick_port()}"
     async with gateway(settings(components.redis_url, database_url, backend.url, auth_url=nowhere)) as running:
         document = (await running.http.get("/openapi.json")).json()
     assert list(document["paths"]) == ["/v1/models"]
@@ -109,7 +110,7 @@ async def test_the_document_survives_a_service_that_is_down(
 async def test_readiness_and_documentation_cost_the_services_no_more_for_many_visitors(
     components: Components, database_url: str, backend: Backend
 ) -> None:
-    nowhere = f"http://127.0.0.1:{free_port()}"
+    nowhere = f"http://127.0.0.1:{pick_port()}"
     asked: Counter[str] = Counter()
 
     async def count(scope: Any, _receive: Any, send: Any) -> None:

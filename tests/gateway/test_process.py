@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 
+from deploy.local.ports import pick_port
 from tests.conftest import ROOT, Components
 from tests.gateway.harness import IDENTITY_KEYS, PEPPERS, Backend, Directory, Key
-from tests.gateway.outages import DEADLINE_S, eventually, free_port
+from tests.gateway.outages import DEADLINE_S, eventually
 
 CHAT = "/v1/chat/completions"
 START_DEADLINE_S = 120.0
@@ -24,7 +25,7 @@ async def start(port: int, components: Components, database_url: str, backend: B
         env={
             "PATH": os.environ["PATH"],
             "TOLLGATE_GATEWAY_LISTEN": f"127.0.0.1:{port}",
-            "TOLLGATE_GATEWAY_INTERNAL_LISTEN": f"127.0.0.1:{free_port()}",
+            "TOLLGATE_GATEWAY_INTERNAL_LISTEN": f"127.0.0.1:{pick_port()}",
             "TOLLGATE_GATEWAY_DATABASE_URL": database_url,
             "TOLLGATE_REDIS_URL": components.redis_url,
             "TOLLGATE_IDENTITY_KEYS": IDENTITY_KEYS,
@@ -49,7 +50,7 @@ async def test_it_serves_and_drains(
 
     backend.handlers[CHAT] = stream
     key = await directory.create_key()
-    port = free_port()
+    port = pick_port()
     process = await start(port, components, database_url, backend)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
@@ -129,7 +130,7 @@ async def test_a_rolling_restart_loses_no_request(
     """Two gateways, restarted one after the other under load. Every request that was sent is answered."""
     limits = {"minute": 1_000_000, "hour": 1_000_000, "day": 1_000_000}
     key = await directory.create_key(limits=limits)
-    ports = [free_port(), free_port()]
+    ports = [pick_port(), pick_port()]
     running = [await start(port, components, database_url, backend) for port in ports]
     drained = [asyncio.create_task(process.communicate()) for process in running]
     done = asyncio.Event()

@@ -11,9 +11,10 @@ import httpx
 import psutil
 import pytest
 
+from deploy.local.ports import pick_port
 from tests.conftest import Components
 from tests.gateway.harness import Backend, Directory, Gateway, Key, answer, gateway, settings
-from tests.gateway.outages import eventually, free_port
+from tests.gateway.outages import eventually
 
 CHAT = "/v1/chat/completions"
 SSE = [(b"content-type", b"text/event-stream")]
@@ -128,7 +129,7 @@ async def raw_service(reply: bytes, *, hang_up: bool) -> AsyncIterator[str]:
                 await reader.read()
         writer.close()
 
-    port = free_port()
+    port = pick_port()
     server = await asyncio.start_server(serve, "127.0.0.1", port)
     try:
         yield f"http://127.0.0.1:{port}"
@@ -186,7 +187,7 @@ async def test_a_service_that_is_down_is_a_503_and_the_next_replica_is_tried(
     components: Components, database_url: str, directory: Directory, backend: Backend
 ) -> None:
     key = await directory.create_key()
-    nowhere = f"http://127.0.0.1:{free_port()}"
+    nowhere = f"http://127.0.0.1:{pick_port()}"
     async with gateway(settings(components.redis_url, database_url, nowhere)) as running:
         response = await running.http.post(CHAT, headers=key.headers)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "service_unavailable")
@@ -207,7 +208,7 @@ async def test_a_request_that_was_sent_is_never_sent_again(
         seen += (await reader.readuntil(b"\r\n\r\n")).startswith(b"POST")
         writer.close()
 
-    ports = [free_port(), free_port()]
+    ports = [pick_port(), pick_port()]
     servers = [await asyncio.start_server(serve, "127.0.0.1", port) for port in ports]
     urls = ",".join(f"http://127.0.0.1:{port}" for port in ports)
     async with gateway(settings(components.redis_url, database_url, urls)) as running:
@@ -234,7 +235,7 @@ async def test_a_kept_connection_that_breaks_is_no_reason_to_send_again(
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
         writer.close()
 
-    port = free_port()
+    port = pick_port()
     server = await asyncio.start_server(serve, "127.0.0.1", port)
     async with gateway(settings(components.redis_url, database_url, f"http://127.0.0.1:{port}")) as running:
         responses = [await running.http.request(method, path, headers=key.headers) for _ in range(2)]

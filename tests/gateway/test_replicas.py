@@ -15,6 +15,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.local.ports import pick_port
 from services.gateway.access_log import AccessLog
 from services.gateway.discovery import Discovery
 from services.gateway.exchange import Exchange
@@ -25,7 +26,7 @@ from shared.telemetry import GatewayMetrics
 from tests.conftest import Components
 from tests.gateway import harness
 from tests.gateway.harness import Directory, gateway, settings
-from tests.gateway.outages import eventually, free_port
+from tests.gateway.outages import eventually
 
 CHAT = "/v1/chat/completions"
 
@@ -43,7 +44,7 @@ async def listener() -> AsyncIterator[str]:
     async def hold(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         held.append(writer)
 
-    port = free_port()
+    port = pick_port()
     server = await asyncio.start_server(hold, "127.0.0.1", port)
     try:
         yield f"http://127.0.0.1:{port}"
@@ -63,7 +64,7 @@ async def test_the_replica_with_the_fewest_outstanding_is_next() -> None:
 
 async def test_one_that_refuses_is_passed_over_and_asked_again_later() -> None:
     clock = FixedClock(datetime(2026, 11, 21, tzinfo=UTC))
-    nowhere = f"http://127.0.0.1:{free_port()}"
+    nowhere = f"http://127.0.0.1:{pick_port()}"
     async with listener() as one:
         service = upstream([nowhere, one], clock)
         assert {(await service.connect())[0].url for _ in range(4)} == {one}

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from deploy.local.ports import pick_port
 from tests.gateway.harness import Backend, Directory, Gateway, Key
-from tests.gateway.outages import eventually, free_port
+from tests.gateway.outages import eventually
 
 CHAT = b"/v1/chat/completions"
 QUIET_S = 3.0
@@ -168,7 +169,7 @@ async def nginx(service: str) -> AsyncIterator[int]:
     binary = shutil.which("nginx")
     if binary is None:
         pytest.skip("nginx is not installed: .ci/run unpacks it")
-    directory, port = tempfile.mkdtemp(prefix="tollgate-test-nginx-"), free_port()
+    directory, port = tempfile.mkdtemp(prefix="tollgate-test-nginx-"), pick_port()
     Path(directory).chmod(0o755)
     configuration = Path(directory, "nginx.conf")
     configuration.write_text(NGINX.format(directory=directory, service=service.partition("//")[2], port=port))

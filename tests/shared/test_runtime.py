@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -15,19 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.local.ports import pick_port
+
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 20
 
 
 def environment(**extra: str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "TOLLGATE_IDENTITY_KEYS": f"a:{base64.b64encode(b'a' * 32).decode()}", **extra}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 class Running:
@@ -47,7 +41,7 @@ class Running:
 
 @pytest.fixture
 async def service() -> AsyncIterator[Running]:
-    port = free_port()
+    port = pick_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.shared.runtime_service"),
         cwd=ROOT,

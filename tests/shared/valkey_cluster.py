@@ -18,7 +18,8 @@ from redis import Redis
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
-from tests.gateway.outages import free_port, valkey_binary
+from deploy.local.ports import pick_port
+from tests.gateway.outages import valkey_binary
 
 PRIMARIES, NODES, SLOTS = 3, 6, 16_384
 DEADLINE_S = 60.0
@@ -91,7 +92,7 @@ class ValkeyCluster:
         for i in range(NODES):
             own = directory / str(i)
             own.mkdir()
-            self.nodes.append(Node(own, free_port(), free_port()))
+            self.nodes.append(Node(own, pick_port(), pick_port()))
         self.url = f"redis+cluster://:{quote(PASSWORD, safe='')}@" + ",".join(node.address for node in self.nodes)
 
     def start(self) -> None:

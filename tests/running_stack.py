@@ -5,6 +5,8 @@ import signal
 import time
 from dataclasses import dataclass
 
+import httpx
+
 from deploy.local.errors import NotReady
 from deploy.local.health import log_tail, wait_healthy, why_unhealthy
 from deploy.local.seed import Keys
@@ -12,6 +14,13 @@ from deploy.local.stack import Stack
 
 RESTART_TIMEOUT_S = 30.0
 POLL_S = 0.05
+UNREACHABLE = {502, 503, 504}
+A_PATH_OF = {
+    "auth": "/.well-known/jwks.json",
+    "billing": "/api/v1/billing/wallet",
+    "chat": "/v1/models",
+    "inference": "/api/v1/admin/inference/models",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,16 @@ class RunningStack:
             time.sleep(POLL_S)
 
     def wait_healthy(self) -> None:
-        """Wait until every program is healthy again."""
+        """Wait until every program is healthy again, and the gateway reaches each of its services."""
         for program in self.stack.programs().values():
             wait_healthy(self.stack.supervisor, self.stack.layout, program)
+        deadline = time.monotonic() + RESTART_TIMEOUT_S
+        with httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.admin_token}"}) as http:
+            for service, path in A_PATH_OF.items():
+                while (status := http.get(path).status_code) in UNREACHABLE:
+                    if time.monotonic() > deadline:
+                        raise NotReady(f"the gateway answers {status} for {service}: {self.log('gateway')}")
+                    time.sleep(POLL_S)
 
     def log(self, program: str, lines: int = 50) -> str:
         """The end of a program's log."""

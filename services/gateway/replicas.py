@@ -6,9 +6,11 @@
        └───────────────────────────────────────────────────────────────────────────────────────────────┘   OUT ◄─┘
 
 A request goes to the replica with the fewest outstanding, in turn among equals. A failure is a connection that broke,
-an answer that is no HTTP, or none in time; a status of 500 is an answer. With every replica OUT the service is refused
-at once. Probes ask each replica's /healthz; one that misses PROBES_MISSED_MAX of them is OUT as long as another is
-not. The list of replicas may change at any time: those that stay keep their connections, those that go finish theirs.
+an answer that is no HTTP, or none in time; a status of 500 is an answer. With every replica OUT the service is
+refused at once; only a replica that refused its latest connection is asked even then, when no other is left: to be
+refused again costs next to nothing, and it may be back. Probes ask each replica's /healthz; one that misses
+PROBES_MISSED_MAX of them is OUT as long as another is not. The list of replicas may change at any time: those that
+stay keep their connections, those that go finish theirs.
 """
 
 from __future__ import annotations
@@ -56,11 +58,17 @@ class Replica:
         self._out_until_s = float("-inf")
         self._out_s = 0.0
         self._was_refused = False
+        self._was_refused_at_once = False
         self._is_on_trial = False
         self._probes_missed = 0
 
     def may_serve(self, now_s: float) -> bool:
         return not self._out_s or (now_s >= self._out_until_s and not self._is_on_trial)
+
+    @property
+    def refuses(self) -> bool:
+        """It is out because nothing listened there."""
+        return bool(self._out_s) and self._was_refused_at_once
 
     @property
     def seems_frozen(self) -> bool:
@@ -82,10 +90,11 @@ class Replica:
         """A request ended that says nothing about it: the client left."""
         self._is_on_trial = False
 
-    def failed(self, now_s: float, *, is_refused: bool = False) -> None:
+    def failed(self, now_s: float, *, is_refused: bool = False, at_once: bool = False) -> None:
+        """A request failed; `is_refused`: no connection was to be had, `at_once`: without waiting for one."""
         self._failures += 1
         if is_refused or self._out_s or self._failures >= FAILURES_MAX:
-            self._was_refused = is_refused
+            self._was_refused, self._was_refused_at_once = is_refused, at_once
             self._out_s = OUT_MIN_S if is_refused else min(max(OUT_MIN_S, 2 * self._out_s), OUT_MAX_S)
             self._out_until_s = now_s + self._out_s
             self._is_on_trial = False
@@ -199,15 +208,24 @@ class Upstream:
         fit = [r for r in in_turn if r not in tried and r.may_serve(now_s) and not r.pool.is_full]
         return min(fit, key=lambda r: (r.seems_frozen, r.pool.outstanding), default=None)
 
+    def _last_resort(self, tried: Iterable[Replica]) -> Replica | None:
+        """With all replicas out: one that refuses connections, if it was not asked yet."""
+        now_s = self._clock.monotonic_s()
+        left = [r for r in self.replicas if r not in tried]
+        if any(r.may_serve(now_s) for r in left):
+            return None
+        return next((r for r in left if r.refuses and not r.pool.is_full), None)
+
     async def _connect_once(self) -> tuple[Replica, UpstreamConnection] | None:
         """None when all replicas that may serve are full. Raises Unavailable when there is none."""
         tried: list[Replica] = []
-        while (replica := self._best(tried)) is not None:
+        while (replica := self._best(tried) or self._last_resort(tried)) is not None:
             replica.chosen()
             try:
                 connection = replica.pool.take() or await replica.pool.open(self._settings.connect_timeout_s)
-            except (OSError, TimeoutError):
-                replica.failed(self._clock.monotonic_s(), is_refused=True)
+            except OSError as e:
+                at_once = isinstance(e, ConnectionRefusedError)
+                replica.failed(self._clock.monotonic_s(), is_refused=True, at_once=at_once)
                 self._errors.labels(self.name, "refused").inc()
                 tried.append(replica)
             except BaseException:

@@ -37,14 +37,14 @@ def upstream(urls: list[str], clock: FixedClock | None = None, **changes: Any) -
 
 
 @contextlib.asynccontextmanager
-async def listener() -> AsyncIterator[str]:
+async def listener(port: int | None = None) -> AsyncIterator[str]:
     """Accepts connections and says nothing."""
     held: list[asyncio.StreamWriter] = []
 
     async def hold(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         held.append(writer)
 
-    port = pick_port()
+    port = port or pick_port()
     server = await asyncio.start_server(hold, "127.0.0.1", port)
     try:
         yield f"http://127.0.0.1:{port}"
@@ -74,10 +74,23 @@ async def test_one_that_refuses_is_passed_over_and_asked_again_later() -> None:
         assert gone.may_serve(clock.monotonic_s())
         service.update([nowhere])
         clock.advance(1.1)
-        for _ in range(2):  # tried, then refused at once
+        for _ in range(2):  # tried again each time: to be refused costs nothing
             with pytest.raises(Unavailable) as refused:
                 await service.connect()
             assert refused.value.retry_after_s == 1
+
+
+async def test_the_only_one_that_refused_serves_as_soon_as_it_is_back() -> None:
+    clock = FixedClock(datetime(2026, 11, 21, tzinfo=UTC))
+    port = pick_port()
+    service = upstream([f"http://127.0.0.1:{port}"], clock)
+    with pytest.raises(Unavailable):
+        await service.connect()
+    async with listener(port):
+        [replica] = service.replicas
+        assert not replica.may_serve(clock.monotonic_s())
+        assert (await service.connect())[0] is replica
+        service.close()
 
 
 def test_failures_in_a_row_put_a_replica_out_for_longer_and_longer() -> None:

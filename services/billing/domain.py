@@ -64,6 +64,10 @@ class Usage:
             max(self.output_tokens, other.output_tokens),
         )
 
+    def with_output(self, output_tokens: int) -> Usage:
+        """The same with other output."""
+        return Usage(self.input_tokens, self.cached_input_tokens, output_tokens)
+
     def minus(self, other: Usage) -> tuple[int, int, int]:
         """Class by class; `other` is not larger."""
         return (

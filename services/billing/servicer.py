@@ -14,8 +14,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.billing.domain import Price, Usage
 from services.billing.errors import LedgerUnavailable
 from services.billing.ledger import wire
-from services.billing.ledger.operations import Heartbeat, Operation, PlaceHold, Settle, Void
-from services.billing.ledger.results import Extended, Held, Result, Settled, Voided
+from services.billing.ledger.operations import ExtendHold, Heartbeat, Operation, PlaceHold, Settle, Void
+from services.billing.ledger.results import Extended, Held, HoldExtended, Result, Settled, Voided
 from services.billing.ledger.shards import Shards
 from services.billing.ledger.writer import NotLeading
 from services.billing.service import Prices
@@ -32,6 +32,7 @@ TTL_MS_MAX = 15 * 60 * 1000
 TEXT_CHARS_MAX = 200
 DURATION_MS_MAX = 7 * 24 * 3600 * 1000
 UUID_VERSION_SORTED = 7
+EXTENSIONS_MAX = 1_000  # of one hold
 STREAM_OPERATIONS_MAX = 10_000
 DRAIN_CHECK_S = 0.2
 
@@ -49,6 +50,9 @@ class Servicer(LedgerServicer):
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
         return _extended(await self._ledger.submit(_heartbeat(request)))
+
+    async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.ExtendReply:
+        return _hold_extended(await self._ledger.submit(_extend(request)))
 
     async def Settle(self, request: pb.SettleRequest, context: Any) -> pb.SettleReply:
         return _settled(await self._ledger.submit(_settle(request)))
@@ -189,6 +193,17 @@ def _heartbeat(request: pb.HeartbeatRequest) -> Heartbeat:
     )
 
 
+def _extend(request: pb.ExtendRequest) -> ExtendHold:
+    if not 1 <= request.number <= EXTENSIONS_MAX:
+        raise InvalidRequest(f"number is from 1 to {EXTENSIONS_MAX}.", param="number")
+    return ExtendHold(
+        wallet_id=_uuid(request.org_id, "org_id"),
+        hold_id=_hold_id(request.hold_id),
+        number=request.number,
+        output_tokens=Usage(output_tokens=request.output_tokens).output_tokens,
+    )
+
+
 def _settle(request: pb.SettleRequest) -> Settle:
     if not 0 <= request.duration_ms <= DURATION_MS_MAX:
         raise InvalidRequest(f"duration_ms is from 0 to {DURATION_MS_MAX}.", param="duration_ms")
@@ -218,6 +233,16 @@ def _held(result: Result) -> pb.HoldReply:
         output_tokens=result.output_tokens,
         price_id=str(result.price_id),
         expires_at=_timestamp(result.expires_at),
+        available_nano=result.available,
+    )
+
+
+def _hold_extended(result: Result) -> pb.ExtendReply:
+    assert isinstance(result, HoldExtended)
+    return pb.ExtendReply(
+        hold_id=str(result.hold_id),
+        amount_nano=result.amount,
+        output_tokens=result.output_tokens,
         available_nano=result.available,
     )
 
@@ -298,12 +323,14 @@ def _timestamp(at: datetime) -> Timestamp:
 _READERS: dict[str, Callable[[Any], Operation]] = {
     "hold": _place,
     "heartbeat": _heartbeat,
+    "extend": _extend,
     "settle": _settle,
     "void": _void,
 }
 _REPLIES: dict[str, Callable[[Result], Any]] = {
     "hold": _held,
     "heartbeat": _extended,
+    "extend": _hold_extended,
     "settle": _settled,
     "void": _voided,
 }

@@ -17,9 +17,12 @@ How a hold ends:
   usage so far. When this process dies, or the ledger stays away too long, billing's sweeper settles that usage once the
   hold has expired; a settlement that comes later still posts only the remainder.
 
+A hold that was clamped can be asked to cover more while the work goes on: `hold.extend`, which raises as entering
+does and leaves the hold as it was then.
+
 Raises from entering: PaymentRequired (`insufficient_quota`, `credits_reserved`), NotFound (`model_not_priced`),
 PermissionDenied (`wallet_frozen`), Conflict, Unprocessable (`idempotency_mismatch`), InvalidRequest, Unavailable.
-Nothing after that raises but cancellation: an answer that the client has already read does not fail over its bill.
+Nothing else raises but cancellation: an answer that the client has already read does not fail over its bill.
 """
 
 from shared.metering.client import REFUSAL_STATUSES as REFUSAL_STATUSES

@@ -118,6 +118,13 @@ class Metering:
             raise
         return reply
 
+    async def extend(self, request: pb.ExtendRequest) -> pb.ExtendReply:
+        """Ask for more, again with the same number until the ledger decides, for at most `hold_timeout_s`."""
+        reply: pb.ExtendReply = await self._until_answered(
+            "extend", request, time.monotonic() + self.limits.hold_timeout_s
+        )
+        return reply
+
     async def beat(self, request: pb.HeartbeatRequest) -> None:
         """One heartbeat; one that fails is followed by the next."""
         try:

@@ -25,6 +25,8 @@ class Resolver(Protocol):
 
     async def place(self, request: pb.HoldRequest) -> pb.HoldReply: ...
 
+    async def extend(self, request: pb.ExtendRequest) -> pb.ExtendReply: ...
+
     async def beat(self, request: pb.HeartbeatRequest) -> None: ...
 
     async def settle(self, request: pb.SettleRequest) -> Receipt | None: ...
@@ -56,6 +58,7 @@ class Hold:
         self._timer: asyncio.TimerHandle | None = None
         self._resolution: asyncio.Task[Any] | None = None
         self._is_resolved = False
+        self._extensions = 0
 
     async def __aenter__(self) -> Hold:
         reply = await self._metering.place(self._request)
@@ -85,6 +88,23 @@ class Hold:
         if is_first_output and self._timer is not None and not self._is_resolved:
             left_s = self._timer.when() - asyncio.get_running_loop().time()
             self._schedule_beat(min(left_s, self._metering.limits.first_heartbeat_ms / 1000))
+
+    async def extend(self, output_tokens: int) -> int:
+        """Have it cover so many output tokens in all, or as many as there are credits for; what it covers now.
+
+        Raises what placing a hold raises when not one token more can be had, or nobody knows; then it covers what it
+        did before, and may be asked again. One call at a time.
+        """
+        self._extensions += 1
+        request = pb.ExtendRequest(
+            hold_id=str(self.id),
+            org_id=self._request.org_id,
+            number=self._extensions,
+            output_tokens=output_tokens,
+        )
+        reply = await self._metering.extend(request)
+        self.output_tokens, self.amount_nano = reply.output_tokens, reply.amount_nano
+        return self.output_tokens
 
     async def settle(
         self, *, build: str, finish_reason: str, usage: Usage | None = None, duration_ms: int | None = None

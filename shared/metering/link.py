@@ -18,7 +18,7 @@ from shared.metering.types import MeteringLimits
 from shared.rpc import billing_pb2 as pb
 from shared.rpc.billing_pb2_grpc import LedgerStub
 
-Kind = Literal["hold", "heartbeat", "settle", "void"]
+Kind = Literal["hold", "extend", "heartbeat", "settle", "void"]
 TIMEOUT_CHECKS = 8  # in the time of one timeout
 
 

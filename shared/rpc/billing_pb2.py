@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shared/rpc/billing.proto\x12\x13tollgate.billing.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"Q\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\"\xcf\x01\n\x0bHoldRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12.\n\nworst_case\x18\x07 \x01(\x0b\x32\x1a.tollgate.billing.v1.Usage\x12\r\n\x05\x63lamp\x18\x08 \x01(\x08\x12\x0e\n\x06ttl_ms\x18\t \x01(\x05\x12\x12\n\nrequest_id\x18\n \x01(\t\"\xa2\x01\n\tHoldReply\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61mount_nano\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x10\n\x08price_id\x18\x04 \x01(\t\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x61vailable_nano\x18\x06 \x01(\x03\"n\n\x10HeartbeatRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tollgate.billing.v1.Usage\x12\x0e\n\x06ttl_ms\x18\x04 \x01(\x05\"@\n\x0eHeartbeatReply\x12.\n\nexpires_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x96\x01\n\rSettleRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tollgate.billing.v1.Usage\x12\r\n\x05\x62uild\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x06 \x01(\x03\"g\n\x0bSettleReply\x12\x11\n\tcost_nano\x18\x01 \x01(\x03\x12\x14\n\x0csettled_nano\x18\x02 \x01(\x03\x12\x17\n\x0freceivable_nano\x18\x03 \x01(\x03\x12\x16\n\x0e\x61vailable_nano\x18\x04 \x01(\x03\">\n\x0bVoidRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\"\n\tVoidReply\x12\x15\n\rreleased_nano\x18\x01 \x01(\x03\"1\n\x11ListPricesRequest\x12\x0e\n\x06org_id\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\"\xf2\x01\n\x05Price\x12\x10\n\x08price_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ustomer_class\x18\x03 \x01(\t\x12\x18\n\x10per_request_nano\x18\x04 \x01(\x03\x12\x1e\n\x16input_nano_per_million\x18\x05 \x01(\x03\x12%\n\x1d\x63\x61\x63hed_input_nano_per_million\x18\x06 \x01(\x03\x12\x1f\n\x17output_nano_per_million\x18\x07 \x01(\x03\x12.\n\nvalid_from\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x0fListPricesReply\x12*\n\x06prices\x18\x01 \x03(\x0b\x32\x1a.tollgate.billing.v1.Price\"D\n\x0eOperateRequest\x12\x32\n\noperations\x18\x01 \x03(\x0b\x32\x1e.tollgate.billing.v1.Operation\"\xf8\x01\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x30\n\x04hold\x18\x02 \x01(\x0b\x32 .tollgate.billing.v1.HoldRequestH\x00\x12:\n\theartbeat\x18\x03 \x01(\x0b\x32%.tollgate.billing.v1.HeartbeatRequestH\x00\x12\x34\n\x06settle\x18\x04 \x01(\x0b\x32\".tollgate.billing.v1.SettleRequestH\x00\x12\x30\n\x04void\x18\x05 \x01(\x0b\x32 .tollgate.billing.v1.VoidRequestH\x00\x42\t\n\x07request\"<\n\x0cOperateReply\x12,\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x1b.tollgate.billing.v1.Answer\"\xfc\x01\n\x06\x41nswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x04hold\x18\x02 \x01(\x0b\x32\x1e.tollgate.billing.v1.HoldReplyH\x00\x12\x38\n\theartbeat\x18\x03 \x01(\x0b\x32#.tollgate.billing.v1.HeartbeatReplyH\x00\x12\x32\n\x06settle\x18\x04 \x01(\x0b\x32 .tollgate.billing.v1.SettleReplyH\x00\x12.\n\x04void\x18\x05 \x01(\x0b\x32\x1e.tollgate.billing.v1.VoidReplyH\x00\x12\x0f\n\x05\x65rror\x18\x06 \x01(\x0cH\x00\x42\x07\n\x05reply\"\x14\n\x12ListLeadersRequest\"%\n\x10ListLeadersReply\x12\x11\n\taddresses\x18\x01 \x03(\t\"#\n\x0e\x46orwardRequest\x12\x11\n\toperation\x18\x01 \x01(\x0c\"\x1e\n\x0c\x46orwardReply\x12\x0e\n\x06result\x18\x01 \x01(\x0c\x32\xaa\x05\n\x06Ledger\x12H\n\x04Hold\x12 .tollgate.billing.v1.HoldRequest\x1a\x1e.tollgate.billing.v1.HoldReply\x12W\n\tHeartbeat\x12%.tollgate.billing.v1.HeartbeatRequest\x1a#.tollgate.billing.v1.HeartbeatReply\x12N\n\x06Settle\x12\".tollgate.billing.v1.SettleRequest\x1a .tollgate.billing.v1.SettleReply\x12H\n\x04Void\x12 .tollgate.billing.v1.VoidRequest\x1a\x1e.tollgate.billing.v1.VoidReply\x12U\n\x07Operate\x12#.tollgate.billing.v1.OperateRequest\x1a!.tollgate.billing.v1.OperateReply(\x01\x30\x01\x12Z\n\nListPrices\x12&.tollgate.billing.v1.ListPricesRequest\x1a$.tollgate.billing.v1.ListPricesReply\x12]\n\x0bListLeaders\x12\'.tollgate.billing.v1.ListLeadersRequest\x1a%.tollgate.billing.v1.ListLeadersReply\x12Q\n\x07\x46orward\x12#.tollgate.billing.v1.ForwardRequest\x1a!.tollgate.billing.v1.ForwardReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shared/rpc/billing.proto\x12\x13tollgate.billing.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"Q\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\"\xcf\x01\n\x0bHoldRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12\x0c\n\x04plan\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12.\n\nworst_case\x18\x07 \x01(\x0b\x32\x1a.tollgate.billing.v1.Usage\x12\r\n\x05\x63lamp\x18\x08 \x01(\x08\x12\x0e\n\x06ttl_ms\x18\t \x01(\x05\x12\x12\n\nrequest_id\x18\n \x01(\t\"\xa2\x01\n\tHoldReply\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61mount_nano\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x10\n\x08price_id\x18\x04 \x01(\t\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x61vailable_nano\x18\x06 \x01(\x03\"n\n\x10HeartbeatRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tollgate.billing.v1.Usage\x12\x0e\n\x06ttl_ms\x18\x04 \x01(\x05\"@\n\x0eHeartbeatReply\x12.\n\nexpires_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"W\n\rExtendRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x05\x12\x15\n\routput_tokens\x18\x04 \x01(\x03\"b\n\x0b\x45xtendReply\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x13\n\x0b\x61mount_nano\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x16\n\x0e\x61vailable_nano\x18\x04 \x01(\x03\"\x96\x01\n\rSettleRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tollgate.billing.v1.Usage\x12\r\n\x05\x62uild\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x06 \x01(\x03\"g\n\x0bSettleReply\x12\x11\n\tcost_nano\x18\x01 \x01(\x03\x12\x14\n\x0csettled_nano\x18\x02 \x01(\x03\x12\x17\n\x0freceivable_nano\x18\x03 \x01(\x03\x12\x16\n\x0e\x61vailable_nano\x18\x04 \x01(\x03\">\n\x0bVoidRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x0e\n\x06org_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\"\n\tVoidReply\x12\x15\n\rreleased_nano\x18\x01 \x01(\x03\"1\n\x11ListPricesRequest\x12\x0e\n\x06org_id\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\"\xf2\x01\n\x05Price\x12\x10\n\x08price_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ustomer_class\x18\x03 \x01(\t\x12\x18\n\x10per_request_nano\x18\x04 \x01(\x03\x12\x1e\n\x16input_nano_per_million\x18\x05 \x01(\x03\x12%\n\x1d\x63\x61\x63hed_input_nano_per_million\x18\x06 \x01(\x03\x12\x1f\n\x17output_nano_per_million\x18\x07 \x01(\x03\x12.\n\nvalid_from\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x0fListPricesReply\x12*\n\x06prices\x18\x01 \x03(\x0b\x32\x1a.tollgate.billing.v1.Price\"D\n\x0eOperateRequest\x12\x32\n\noperations\x18\x01 \x03(\x0b\x32\x1e.tollgate.billing.v1.Operation\"\xae\x02\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x30\n\x04hold\x18\x02 \x01(\x0b\x32 .tollgate.billing.v1.HoldRequestH\x00\x12:\n\theartbeat\x18\x03 \x01(\x0b\x32%.tollgate.billing.v1.HeartbeatRequestH\x00\x12\x34\n\x06settle\x18\x04 \x01(\x0b\x32\".tollgate.billing.v1.SettleRequestH\x00\x12\x30\n\x04void\x18\x05 \x01(\x0b\x32 .tollgate.billing.v1.VoidRequestH\x00\x12\x34\n\x06\x65xtend\x18\x06 \x01(\x0b\x32\".tollgate.billing.v1.ExtendRequestH\x00\x42\t\n\x07request\"<\n\x0cOperateReply\x12,\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x1b.tollgate.billing.v1.Answer\"\xb0\x02\n\x06\x41nswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12.\n\x04hold\x18\x02 \x01(\x0b\x32\x1e.tollgate.billing.v1.HoldReplyH\x00\x12\x38\n\theartbeat\x18\x03 \x01(\x0b\x32#.tollgate.billing.v1.HeartbeatReplyH\x00\x12\x32\n\x06settle\x18\x04 \x01(\x0b\x32 .tollgate.billing.v1.SettleReplyH\x00\x12.\n\x04void\x18\x05 \x01(\x0b\x32\x1e.tollgate.billing.v1.VoidReplyH\x00\x12\x32\n\x06\x65xtend\x18\x07 \x01(\x0b\x32 .tollgate.billing.v1.ExtendReplyH\x00\x12\x0f\n\x05\x65rror\x18\x06 \x01(\x0cH\x00\x42\x07\n\x05reply\"\x14\n\x12ListLeadersRequest\"%\n\x10ListLeadersReply\x12\x11\n\taddresses\x18\x01 \x03(\t\"#\n\x0e\x46orwardRequest\x12\x11\n\toperation\x18\x01 \x01(\x0c\"\x1e\n\x0c\x46orwardReply\x12\x0e\n\x06result\x18\x01 \x01(\x0c\x32\xfa\x05\n\x06Ledger\x12H\n\x04Hold\x12 .tollgate.billing.v1.HoldRequest\x1a\x1e.tollgate.billing.v1.HoldReply\x12W\n\tHeartbeat\x12%.tollgate.billing.v1.HeartbeatRequest\x1a#.tollgate.billing.v1.HeartbeatReply\x12N\n\x06Settle\x12\".tollgate.billing.v1.SettleRequest\x1a .tollgate.billing.v1.SettleReply\x12H\n\x04Void\x12 .tollgate.billing.v1.VoidRequest\x1a\x1e.tollgate.billing.v1.VoidReply\x12N\n\x06\x45xtend\x12\".tollgate.billing.v1.ExtendRequest\x1a .tollgate.billing.v1.ExtendReply\x12U\n\x07Operate\x12#.tollgate.billing.v1.OperateRequest\x1a!.tollgate.billing.v1.OperateReply(\x01\x30\x01\x12Z\n\nListPrices\x12&.tollgate.billing.v1.ListPricesRequest\x1a$.tollgate.billing.v1.ListPricesReply\x12]\n\x0bListLeaders\x12\'.tollgate.billing.v1.ListLeadersRequest\x1a%.tollgate.billing.v1.ListLeadersReply\x12Q\n\x07\x46orward\x12#.tollgate.billing.v1.ForwardRequest\x1a!.tollgate.billing.v1.ForwardReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,36 +42,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_end=650
   _globals['_HEARTBEATREPLY']._serialized_start=652
   _globals['_HEARTBEATREPLY']._serialized_end=716
-  _globals['_SETTLEREQUEST']._serialized_start=719
-  _globals['_SETTLEREQUEST']._serialized_end=869
-  _globals['_SETTLEREPLY']._serialized_start=871
-  _globals['_SETTLEREPLY']._serialized_end=974
-  _globals['_VOIDREQUEST']._serialized_start=976
-  _globals['_VOIDREQUEST']._serialized_end=1038
-  _globals['_VOIDREPLY']._serialized_start=1040
-  _globals['_VOIDREPLY']._serialized_end=1074
-  _globals['_LISTPRICESREQUEST']._serialized_start=1076
-  _globals['_LISTPRICESREQUEST']._serialized_end=1125
-  _globals['_PRICE']._serialized_start=1128
-  _globals['_PRICE']._serialized_end=1370
-  _globals['_LISTPRICESREPLY']._serialized_start=1372
-  _globals['_LISTPRICESREPLY']._serialized_end=1433
-  _globals['_OPERATEREQUEST']._serialized_start=1435
-  _globals['_OPERATEREQUEST']._serialized_end=1503
-  _globals['_OPERATION']._serialized_start=1506
-  _globals['_OPERATION']._serialized_end=1754
-  _globals['_OPERATEREPLY']._serialized_start=1756
-  _globals['_OPERATEREPLY']._serialized_end=1816
-  _globals['_ANSWER']._serialized_start=1819
-  _globals['_ANSWER']._serialized_end=2071
-  _globals['_LISTLEADERSREQUEST']._serialized_start=2073
-  _globals['_LISTLEADERSREQUEST']._serialized_end=2093
-  _globals['_LISTLEADERSREPLY']._serialized_start=2095
-  _globals['_LISTLEADERSREPLY']._serialized_end=2132
-  _globals['_FORWARDREQUEST']._serialized_start=2134
-  _globals['_FORWARDREQUEST']._serialized_end=2169
-  _globals['_FORWARDREPLY']._serialized_start=2171
-  _globals['_FORWARDREPLY']._serialized_end=2201
-  _globals['_LEDGER']._serialized_start=2204
-  _globals['_LEDGER']._serialized_end=2886
+  _globals['_EXTENDREQUEST']._serialized_start=718
+  _globals['_EXTENDREQUEST']._serialized_end=805
+  _globals['_EXTENDREPLY']._serialized_start=807
+  _globals['_EXTENDREPLY']._serialized_end=905
+  _globals['_SETTLEREQUEST']._serialized_start=908
+  _globals['_SETTLEREQUEST']._serialized_end=1058
+  _globals['_SETTLEREPLY']._serialized_start=1060
+  _globals['_SETTLEREPLY']._serialized_end=1163
+  _globals['_VOIDREQUEST']._serialized_start=1165
+  _globals['_VOIDREQUEST']._serialized_end=1227
+  _globals['_VOIDREPLY']._serialized_start=1229
+  _globals['_VOIDREPLY']._serialized_end=1263
+  _globals['_LISTPRICESREQUEST']._serialized_start=1265
+  _globals['_LISTPRICESREQUEST']._serialized_end=1314
+  _globals['_PRICE']._serialized_start=1317
+  _globals['_PRICE']._serialized_end=1559
+  _globals['_LISTPRICESREPLY']._serialized_start=1561
+  _globals['_LISTPRICESREPLY']._serialized_end=1622
+  _globals['_OPERATEREQUEST']._serialized_start=1624
+  _globals['_OPERATEREQUEST']._serialized_end=1692
+  _globals['_OPERATION']._serialized_start=1695
+  _globals['_OPERATION']._serialized_end=1997
+  _globals['_OPERATEREPLY']._serialized_start=1999
+  _globals['_OPERATEREPLY']._serialized_end=2059
+  _globals['_ANSWER']._serialized_start=2062
+  _globals['_ANSWER']._serialized_end=2366
+  _globals['_LISTLEADERSREQUEST']._serialized_start=2368
+  _globals['_LISTLEADERSREQUEST']._serialized_end=2388
+  _globals['_LISTLEADERSREPLY']._serialized_start=2390
+  _globals['_LISTLEADERSREPLY']._serialized_end=2427
+  _globals['_FORWARDREQUEST']._serialized_start=2429
+  _globals['_FORWARDREQUEST']._serialized_end=2464
+  _globals['_FORWARDREPLY']._serialized_start=2466
+  _globals['_FORWARDREPLY']._serialized_end=2496
+  _globals['_LEDGER']._serialized_start=2499
+  _globals['_LEDGER']._serialized_end=3261
 # @@protoc_insertion_point(module_scope)

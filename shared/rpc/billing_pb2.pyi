@@ -77,6 +77,30 @@ class HeartbeatReply(_message.Message):
     expires_at: _timestamp_pb2.Timestamp
     def __init__(self, expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
+class ExtendRequest(_message.Message):
+    __slots__ = ("hold_id", "org_id", "number", "output_tokens")
+    HOLD_ID_FIELD_NUMBER: _ClassVar[int]
+    ORG_ID_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    hold_id: str
+    org_id: str
+    number: int
+    output_tokens: int
+    def __init__(self, hold_id: _Optional[str] = ..., org_id: _Optional[str] = ..., number: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+
+class ExtendReply(_message.Message):
+    __slots__ = ("hold_id", "amount_nano", "output_tokens", "available_nano")
+    HOLD_ID_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_NANO_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_NANO_FIELD_NUMBER: _ClassVar[int]
+    hold_id: str
+    amount_nano: int
+    output_tokens: int
+    available_nano: int
+    def __init__(self, hold_id: _Optional[str] = ..., amount_nano: _Optional[int] = ..., output_tokens: _Optional[int] = ..., available_nano: _Optional[int] = ...) -> None: ...
+
 class SettleRequest(_message.Message):
     __slots__ = ("hold_id", "org_id", "usage", "build", "finish_reason", "duration_ms")
     HOLD_ID_FIELD_NUMBER: _ClassVar[int]
@@ -162,18 +186,20 @@ class OperateRequest(_message.Message):
     def __init__(self, operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("id", "hold", "heartbeat", "settle", "void")
+    __slots__ = ("id", "hold", "heartbeat", "settle", "void", "extend")
     ID_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     SETTLE_FIELD_NUMBER: _ClassVar[int]
     VOID_FIELD_NUMBER: _ClassVar[int]
+    EXTEND_FIELD_NUMBER: _ClassVar[int]
     id: int
     hold: HoldRequest
     heartbeat: HeartbeatRequest
     settle: SettleRequest
     void: VoidRequest
-    def __init__(self, id: _Optional[int] = ..., hold: _Optional[_Union[HoldRequest, _Mapping]] = ..., heartbeat: _Optional[_Union[HeartbeatRequest, _Mapping]] = ..., settle: _Optional[_Union[SettleRequest, _Mapping]] = ..., void: _Optional[_Union[VoidRequest, _Mapping]] = ...) -> None: ...
+    extend: ExtendRequest
+    def __init__(self, id: _Optional[int] = ..., hold: _Optional[_Union[HoldRequest, _Mapping]] = ..., heartbeat: _Optional[_Union[HeartbeatRequest, _Mapping]] = ..., settle: _Optional[_Union[SettleRequest, _Mapping]] = ..., void: _Optional[_Union[VoidRequest, _Mapping]] = ..., extend: _Optional[_Union[ExtendRequest, _Mapping]] = ...) -> None: ...
 
 class OperateReply(_message.Message):
     __slots__ = ("answers",)
@@ -182,20 +208,22 @@ class OperateReply(_message.Message):
     def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("id", "hold", "heartbeat", "settle", "void", "error")
+    __slots__ = ("id", "hold", "heartbeat", "settle", "void", "extend", "error")
     ID_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     SETTLE_FIELD_NUMBER: _ClassVar[int]
     VOID_FIELD_NUMBER: _ClassVar[int]
+    EXTEND_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     id: int
     hold: HoldReply
     heartbeat: HeartbeatReply
     settle: SettleReply
     void: VoidReply
+    extend: ExtendReply
     error: bytes
-    def __init__(self, id: _Optional[int] = ..., hold: _Optional[_Union[HoldReply, _Mapping]] = ..., heartbeat: _Optional[_Union[HeartbeatReply, _Mapping]] = ..., settle: _Optional[_Union[SettleReply, _Mapping]] = ..., void: _Optional[_Union[VoidReply, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., hold: _Optional[_Union[HoldReply, _Mapping]] = ..., heartbeat: _Optional[_Union[HeartbeatReply, _Mapping]] = ..., settle: _Optional[_Union[SettleReply, _Mapping]] = ..., void: _Optional[_Union[VoidReply, _Mapping]] = ..., extend: _Optional[_Union[ExtendReply, _Mapping]] = ..., error: _Optional[bytes] = ...) -> None: ...
 
 class ListLeadersRequest(_message.Message):
     __slots__ = ()

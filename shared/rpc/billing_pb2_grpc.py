@@ -54,6 +54,11 @@ class LedgerStub:
                 request_serializer=shared_dot_rpc_dot_billing__pb2.VoidRequest.SerializeToString,
                 response_deserializer=shared_dot_rpc_dot_billing__pb2.VoidReply.FromString,
                 _registered_method=True)
+        self.Extend = channel.unary_unary(
+                '/tollgate.billing.v1.Ledger/Extend',
+                request_serializer=shared_dot_rpc_dot_billing__pb2.ExtendRequest.SerializeToString,
+                response_deserializer=shared_dot_rpc_dot_billing__pb2.ExtendReply.FromString,
+                _registered_method=True)
         self.Operate = channel.stream_stream(
                 '/tollgate.billing.v1.Ledger/Operate',
                 request_serializer=shared_dot_rpc_dot_billing__pb2.OperateRequest.SerializeToString,
@@ -107,8 +112,15 @@ class LedgerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Extend(self, request, context):
+        """Have an open hold cover more output tokens. Idempotent by hold_id and number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Operate(self, request_iterator, context):
-        """The same four, many in a message, answered in whatever order they are done; one stream for the life of a client.
+        """The same five, many in a message, answered in whatever order they are done; one stream for the life of a client.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +169,11 @@ def add_LedgerServicer_to_server(servicer, server):
                     servicer.Void,
                     request_deserializer=shared_dot_rpc_dot_billing__pb2.VoidRequest.FromString,
                     response_serializer=shared_dot_rpc_dot_billing__pb2.VoidReply.SerializeToString,
+            ),
+            'Extend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Extend,
+                    request_deserializer=shared_dot_rpc_dot_billing__pb2.ExtendRequest.FromString,
+                    response_serializer=shared_dot_rpc_dot_billing__pb2.ExtendReply.SerializeToString,
             ),
             'Operate': grpc.stream_stream_rpc_method_handler(
                     servicer.Operate,
@@ -287,6 +304,33 @@ class Ledger:
             '/tollgate.billing.v1.Ledger/Void',
             shared_dot_rpc_dot_billing__pb2.VoidRequest.SerializeToString,
             shared_dot_rpc_dot_billing__pb2.VoidReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Extend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tollgate.billing.v1.Ledger/Extend',
+            shared_dot_rpc_dot_billing__pb2.ExtendRequest.SerializeToString,
+            shared_dot_rpc_dot_billing__pb2.ExtendReply.FromString,
             options,
             channel_credentials,
             insecure,

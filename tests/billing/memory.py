@@ -61,7 +61,10 @@ class MemoryLedger:
 
     def fingerprint(self) -> tuple[object, ...]:
         """Everything that an operation may change."""
-        holds = [(h.row.id, h.expires_at, h.usage, h.resolution, h.posted_cost) for h in self.book.holds.values()]
+        holds = [
+            (h.row.id, h.expires_at, h.usage, h.resolution, h.posted_cost, h.amount, h.slices)
+            for h in self.book.holds.values()
+        ]
         return self.book.seq, self.book.balance, [a.counters() for a in self.accounts], holds
 
     def check(self) -> None:
@@ -71,7 +74,7 @@ class MemoryLedger:
         assert sum(a.debits_pending for a in accounts) == sum(a.credits_pending for a in accounts)
         assert all(a.free >= 0 for a in accounts if a.limited)
         assert all(min(a.debits_posted, a.credits_posted, a.debits_pending, a.credits_pending) >= 0 for a in accounts)
-        held = sum(h.row.amount for h in book.holds.values() if h.resolution is None)
+        held = sum(h.amount for h in book.holds.values() if h.resolution is None)
         assert sum(a.debits_pending for a in accounts) == held
         assert book.balance == sum(a.left for a in accounts if a.limited)
         charged = sum(usage.cost for rows in self.written for usage in rows.usages)

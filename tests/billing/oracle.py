@@ -12,6 +12,7 @@ from services.billing.domain import PriceTerms, Usage
 from services.billing.ledger.operations import (
     ExpireGrant,
     ExpireHold,
+    ExtendHold,
     GrantCredits,
     Heartbeat,
     Operation,
@@ -47,8 +48,9 @@ class Pot:
 @dataclass
 class OpenRequest:
     amount: int
-    output_tokens: int
+    worst: Usage
     expires_at: datetime
+    parts: list[tuple[UUID, int]]
     usage: Usage = field(default_factory=Usage)
 
 
@@ -87,6 +89,8 @@ class Oracle:
                 return (op.amount, self.available(now), self.owed)
             case PlaceHold():
                 return self._place(op, now)
+            case ExtendHold():
+                return self._extend(op, now)
             case Heartbeat():
                 request = self._open(op.hold_id)
                 request.expires_at = max(request.expires_at, now + timedelta(milliseconds=op.ttl_ms))
@@ -120,23 +124,45 @@ class Oracle:
         outputs = [worst.output_tokens, *candidates]
         for amount, output in zip(wanted, outputs, strict=True):
             if self.owed == 0 and amount <= self.available(now):
-                self.open[op.hold_id] = OpenRequest(amount, output, now + timedelta(milliseconds=op.ttl_ms))
-                rest = amount
-                for pot in self.live(now):
-                    part = min(pot.free(), rest)
-                    if part:
-                        pot.held[op.hold_id] = part
-                        rest -= part
+                covers = Usage(worst.input_tokens, worst.cached_input_tokens, output)
+                parts = self._reserve(op.hold_id, amount, now)
+                self.open[op.hold_id] = OpenRequest(amount, covers, now + timedelta(milliseconds=op.ttl_ms), parts)
                 return (amount, output, self.available(now))
         could = sum(p.left for p in self.live(now))
         raise Refused("credits_reserved" if self.owed == 0 and min(wanted) <= could else "insufficient_quota")
+
+    def _extend(self, op: ExtendHold, now: datetime) -> tuple[int, ...]:
+        request = self._open(op.hold_id)
+        if op.output_tokens <= request.worst.output_tokens:
+            return (request.amount, request.worst.output_tokens, self.available(now))
+        more = 0
+        for output in range(op.output_tokens, request.worst.output_tokens, -1):
+            covers = Usage(request.worst.input_tokens, request.worst.cached_input_tokens, output)
+            more = cost(self.terms, covers) - request.amount
+            if self.owed == 0 and more <= self.available(now):
+                request.parts += self._reserve(op.hold_id, more, now)
+                request.amount += more
+                request.worst = covers
+                return (request.amount, output, self.available(now))
+        others = sum(p.left - p.held.get(op.hold_id, 0) for p in self.live(now))
+        raise Refused("credits_reserved" if self.owed == 0 and more <= others else "insufficient_quota")
+
+    def _reserve(self, hold_id: UUID, amount: int, now: datetime) -> list[tuple[UUID, int]]:
+        parts = []
+        for pot in self.live(now):
+            part = min(pot.free(), amount)
+            if part:
+                pot.held[hold_id] = pot.held.get(hold_id, 0) + part
+                parts.append((pot.id, part))
+                amount -= part
+        return parts
 
     def _settle(self, op: Settle, now: datetime) -> tuple[int, ...]:
         if op.hold_id in self.expired:
             before, paid = self.expired.pop(op.hold_id)
             self.done.add(op.hold_id)
             total = max(paid, cost(self.terms, op.usage.at_least(before)))
-            settled = self._take({}, total - paid, now)
+            settled = self._take([], total - paid, now)
         else:
             request = self._open(op.hold_id)
             total = cost(self.terms, op.usage.at_least(request.usage))
@@ -155,17 +181,18 @@ class Oracle:
         self._tidy(now)
         return (total, settled, self.owed, self.available(now))
 
-    def _close(self, hold_id: UUID) -> dict[UUID, int]:
-        del self.open[hold_id]
+    def _close(self, hold_id: UUID) -> list[tuple[UUID, int]]:
         self.done.add(hold_id)
-        return {pot.id: pot.held.pop(hold_id) for pot in self.pots if hold_id in pot.held}
+        for pot in self.pots:
+            pot.held.pop(hold_id, None)
+        return self.open.pop(hold_id).parts
 
-    def _take(self, reserved: dict[UUID, int], amount: int, now: datetime) -> int:
-        """From the hold's own credits in the order they were drawn, then from what is free; the rest is owed."""
+    def _take(self, reserved: list[tuple[UUID, int]], amount: int, now: datetime) -> int:
+        """From the hold's own credits in the order they were reserved, then from what is free; the rest is owed."""
         rest = amount
         by_id = {pot.id: pot for pot in self.pots}
-        for pot_id in reserved_order(reserved, self.pots, now):
-            part = min(reserved[pot_id], rest)
+        for pot_id, held in reserved:
+            part = min(held, rest)
             by_id[pot_id].left -= part
             rest -= part
         for pot in self.live(now):
@@ -185,10 +212,3 @@ class Oracle:
             part = min(pot.free(), self.owed)
             pot.left -= part
             self.owed -= part
-
-
-def reserved_order(reserved: dict[UUID, int], pots: list[Pot], now: datetime) -> list[UUID]:
-    """The order in which a hold's parts were drawn: that of the grants, expired ones included."""
-    far = datetime.max.replace(tzinfo=now.tzinfo)
-    ordered = sorted(pots, key=lambda p: (p.priority, p.expires_at or far, p.id))
-    return [pot.id for pot in ordered if pot.id in reserved]

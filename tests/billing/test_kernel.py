@@ -24,6 +24,7 @@ from services.billing.errors import (
 from services.billing.ledger.operations import (
     ExpireGrant,
     ExpireHold,
+    ExtendHold,
     GrantCredits,
     Heartbeat,
     Operation,
@@ -31,7 +32,7 @@ from services.billing.ledger.operations import (
     Settle,
     Void,
 )
-from services.billing.ledger.results import Extended, Held, Result, Settled
+from services.billing.ledger.results import Extended, Held, HoldExtended, Result, Settled
 from shared.errors import TollgateError
 from shared.ids import uuid7
 from tests.billing.memory import MODEL, MemoryLedger
@@ -130,7 +131,9 @@ def random_operation(rng: random.Random, state: Pair, holds: list[UUID]) -> Oper
         )
         holds.append(placed.hold_id)
         return placed
-    if choice < 0.60:
+    if choice < 0.53:
+        return ExtendHold(WALLET, some, rng.randint(1, 1_000), rng.randint(0, 80))
+    if choice < 0.63:
         return Heartbeat(WALLET, some, random_usage(rng, 200), rng.randint(100, 60_000))
     if choice < 0.80:
         return settle(some, random_usage(rng, 400))
@@ -145,6 +148,7 @@ def random_operation(rng: random.Random, state: Pair, holds: list[UUID]) -> Oper
 def test_the_kernel_does_what_a_naive_model_of_the_rules_does() -> None:
     rng = random.Random(SEED)
     refusals: dict[str, int] = {}
+    outcomes: list[Result | str] = []
     applied = 0
     while applied < OPERATIONS:
         state = pair()
@@ -156,11 +160,13 @@ def test_the_kernel_does_what_a_naive_model_of_the_rules_does() -> None:
             if any(key in state.ledger.memory for key in operation.keys):
                 continue
             outcome = state.both(operation)
+            outcomes.append(outcome)
             applied += 1
             if isinstance(outcome, str):
                 refusals[outcome] = refusals.get(outcome, 0) + 1
     for code in ("insufficient_quota", "credits_reserved", "hold_resolved", "hold_not_expired", "expiry_in_past"):
         assert refusals.get(code, 0) > 20, (code, refusals)
+    assert sum(isinstance(outcome, HoldExtended) for outcome in outcomes) > 100
 
 
 @st.composite

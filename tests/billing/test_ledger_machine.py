@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from services.billing.domain import Usage
-from services.billing.ledger.operations import ExpireHold, Heartbeat, Operation, PlaceHold, Settle, Void
+from services.billing.ledger.operations import ExpireHold, ExtendHold, Heartbeat, Operation, PlaceHold, Settle, Void
 from services.billing.ledger.results import Extended, Result
 from services.billing.repository.verification import wallets_step
 from shared.errors import TollgateError
@@ -81,6 +81,10 @@ class LedgerMachine(RuleBasedStateMachine):
         operation = place(self.org_id, tokens, clamp=clamp, ttl_ms=LIFE_MS)
         self.both(operation)
         return operation
+
+    @rule(target=done, hold=holds, number=st.integers(1, 4), tokens=st.integers(1, 120))
+    def extends(self, hold: PlaceHold, number: int, tokens: int) -> Operation:
+        return self.both(ExtendHold(self.org_id, hold.hold_id, number, tokens))
 
     @rule(hold=holds, tokens=TOKENS)
     def reports(self, hold: PlaceHold, tokens: int) -> None:

@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from services.billing.cli import app
 from services.billing.domain import DEFAULT_CLASS, PriceTerms
+from services.billing.ledger.operations import ExtendHold
 from services.billing.repository.checks import CHECKS, STRANGERS
 from services.billing.repository.verification import examine
+from services.billing.tables.ledger import APPEND_ONLY
 from tests.billing.harness import Ledger, owner, place, settle
 
 # Each as somebody would do it who can switch the guards off; and the check that must notice.
@@ -48,8 +50,20 @@ TAMPERING = {
 }
 
 
+# And of extensions: what only they can have wrong.
+EXTENSIONS = {
+    "what belongs to a hold has one": "INSERT INTO billing.hold_extension VALUES (uuidv7(), 1, uuidv7(), 9, 9, now())",
+    "holds are covered by their slices": "DELETE FROM billing.hold_extension",
+    "holds cost what their price says": "UPDATE billing.hold_extension SET output_tokens = output_tokens + 1",
+    "holds and resolutions are remembered as they were decided": (
+        "UPDATE billing.op SET refusal = 'insufficient_quota' WHERE kind = 'extend'"
+    ),
+}
+
+
 async def some_history(ledger: Ledger, org_id: UUID) -> None:
-    held = await ledger.held(org_id, 300)
+    held = await ledger.held(org_id, 200)
+    await ledger.writer.submit(ExtendHold(org_id, held.hold_id, 1, 300))
     await ledger.writer.submit(settle(org_id, held.hold_id, 120))
     await ledger.writer.submit(place(org_id, 40))
 
@@ -69,8 +83,11 @@ async def test_transfers_of_a_wallet_that_is_not_there_are_noticed(ledger: Ledge
     assert report.found[STRANGERS] == await ledger.pool.fetchval("SELECT seq FROM billing.wallet WHERE id = $1", org_id)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-async def test_every_check_notices_what_it_is_for(ledger: Ledger, org_id: UUID, check: str) -> None:
+@pytest.mark.parametrize(("check", "tampering_with"), [*TAMPERING.items(), *EXTENSIONS.items()])
+async def test_every_check_notices_what_it_is_for(
+    ledger: Ledger, org_id: UUID, check: str, tampering_with: str
+) -> None:
+    assert set(CHECKS) == set(TAMPERING)
     await some_history(ledger, org_id)
     await some_history(ledger, uuid4())
     await ledger.verified()
@@ -78,9 +95,9 @@ async def test_every_check_notices_what_it_is_for(ledger: Ledger, org_id: UUID, 
     tampering = connection.transaction()
     await tampering.start()
     try:
-        for table in ("wallet", "account", "transfer", "op", "hold", "hold_slice", "hold_resolution", "usage", "price"):
+        for table in (*APPEND_ONLY, "wallet", "account", "price"):
             await connection.execute(f"ALTER TABLE billing.{table} DISABLE TRIGGER USER")
-        await connection.execute(TAMPERING[check])
+        await connection.execute(tampering_with)
         report = await examine(connection)
     finally:
         await tampering.rollback()
@@ -106,6 +123,7 @@ async def test_one_request_and_one_wallet_are_shown_and_checked(
 ) -> None:
     await some_history(ledger, org_id)
     held = await ledger.held(org_id, 60)
+    await ledger.writer.submit(ExtendHold(org_id, held.hold_id, 1, 70))
     await ledger.writer.submit(settle(org_id, held.hold_id, 25))
     monkeypatch.setenv("TOLLGATE_BILLING_DATABASE_URL", ledger.url)
     run = CliRunner().invoke
@@ -114,7 +132,8 @@ async def test_one_request_and_one_wallet_are_shown_and_checked(
     assert shown.exit_code == 0
     assert [u["cost"] for u in request["usage"]] == [25]
     assert sum(t["amount"] for t in request["transfers"]) == 25
-    assert {o["kind"] for o in request["operations"]} == {"hold", "settle"}
+    assert {o["kind"] for o in request["operations"]} == {"hold", "extend", "settle"}
+    assert [e["amount"] for e in request["extensions"]] == [10]
     assert request["price"]["output"] == 1_000_000
     assert request["differences"] == []
     assert (await asyncio.to_thread(run, app, ["show", str(uuid4())])).exit_code == 2

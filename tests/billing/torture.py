@@ -71,11 +71,22 @@ class Customers:
                     raise
                 self.refused += 1
                 continue
+            if rng.random() < 0.2:
+                await self._extend(rng, hold_id, str(org_id), tokens)
             low, high = await self._finish(rng, hold_id, str(org_id), tokens)
             expected = self.expected.setdefault(org_id, Expected())
             expected.low += low
             expected.high += high
             self.done += 1
+
+    async def _extend(self, rng: random.Random, hold_id: str, org_id: str, tokens: int) -> None:
+        more = pb.ExtendRequest(hold_id=hold_id, org_id=org_id, number=1, output_tokens=tokens + rng.randint(0, 50))
+        try:
+            covered = (await self.until_answered(rng, "Extend", more)).output_tokens
+            assert tokens <= covered <= more.output_tokens
+        except TollgateError as e:
+            if e.code not in ("insufficient_quota", "credits_reserved", "hold_resolved"):
+                raise
 
     async def _finish(self, rng: random.Random, hold_id: str, org_id: str, tokens: int) -> tuple[int, int]:
         """End a hold in one of the ways there are: the least and the most that it must have cost."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import anyio
 import pytest
 
-from shared.errors import InvalidRequest, NotFound, PaymentRequired, Unavailable
+from shared.errors import InvalidRequest, NotFound, PaymentRequired, Timeout, TollgateError, Unavailable
 from shared.identity import Identity
 from shared.metering import MeteringLimits, Receipt, Usage
 from tests.billing.harness import MODEL, SIGNUP_NANO, wait_until
@@ -222,6 +223,39 @@ async def test_a_clamped_hold_says_how_many_tokens_it_covers(customer: Customer)
     async with customer.hold(SIGNUP_NANO * 5, clamp=True) as hold:
         assert hold.output_tokens == SIGNUP_NANO
         await hold.void("test")
+
+
+async def test_a_hold_covers_more_when_it_is_asked_and_says_so_when_it_cannot(customer: Customer) -> None:
+    async with customer.hold(100) as hold:
+        customer.billing.gate.lose_answer()
+        assert await hold.extend(250) == hold.output_tokens == hold.amount_nano == 250
+        assert (await customer.wallet()).held == 250
+        assert await hold.extend(SIGNUP_NANO * 2) == SIGNUP_NANO
+        with pytest.raises(PaymentRequired) as refused:
+            await hold.extend(SIGNUP_NANO * 2)
+        assert (refused.value.code, hold.output_tokens) == ("insufficient_quota", SIGNUP_NANO)
+        receipt = await hold.settle(build="b", finish_reason="length", usage=Usage(3, 0, 700))
+    assert receipt == Receipt(700, 700, 0, SIGNUP_NANO - 700)
+    assert (await customer.wallet()).held == 0
+
+
+async def test_without_billing_a_hold_stays_as_it_was(customer: Customer) -> None:
+    metering = customer.client(MeteringLimits(hold_timeout_s=0.3, call_timeout_s=0.2))
+    async with customer.hold(100, metering=metering) as hold:
+        customer.billing.gate.shut()
+        with pytest.raises(TollgateError):
+            await hold.extend(200)
+        customer.billing.gate.open()
+        assert hold.output_tokens == 100
+
+        async def longer() -> bool:
+            with contextlib.suppress(Unavailable, Timeout):
+                return await hold.extend(200) == 200
+            return False
+
+        await wait_until(longer, "an extension")
+        await hold.void("test")
+    await metering.close()
 
 
 async def test_without_billing_no_request_begins(customer: Customer) -> None:

@@ -23,6 +23,7 @@ from services.billing.ledger.book import Book, Journal
 from services.billing.ledger.operations import (
     GRANT_PRIORITY,
     ExpireHold,
+    ExtendHold,
     GrantCredits,
     Heartbeat,
     OpenWallet,
@@ -42,7 +43,7 @@ from shared.errors import TollgateError
 
 SIGNUP_SOURCE = "signup"
 PRICES_MAX = 100_000  # pairs of a model and a customer class that a writer remembers, those without a price too
-_RESOLVING = (Settle, Void, Heartbeat, ExpireHold)
+_RESOLVING = (Settle, Void, Heartbeat, ExtendHold, ExpireHold)
 
 
 class Fenced(Exception):

@@ -96,7 +96,9 @@ class Slice(NamedTuple):
 class Hold:
     """A hold with its present state: open until `resolution` says how it ended.
 
-    `usage` is the last that a heartbeat reported; `posted` and `posted_cost` are its part 0 of usage.
+    `usage` is the last that a heartbeat reported; `posted` and `posted_cost` are its part 0 of usage. `slices` are in
+    the order in which they were reserved; an extension may have reserved more of a grant that has one. `extended_by` is
+    what extensions added to the amount, `extended_to` the output tokens that it covers since.
     """
 
     row: HoldRow
@@ -107,6 +109,19 @@ class Hold:
     resolution: str | None = None
     posted: Usage = field(default_factory=Usage)
     posted_cost: int = 0
+    extended_by: int = 0
+    extended_to: int = 0
+
+    @property
+    def amount(self) -> int:
+        """What it reserves now."""
+        return self.row.amount + self.extended_by
+
+    @property
+    def covered(self) -> Usage:
+        """What it covers now."""
+        row = self.row
+        return Usage(row.input_tokens, row.cached_input_tokens, max(row.output_tokens, self.extended_to))
 
 
 @dataclass(slots=True)

@@ -3,8 +3,10 @@
 A refusal is raised before anything is changed. The rules:
 - A hold reserves the worst case, from grants that are not expired, by priority, expiry, id, within the budgets of its
   key and member.
-- A settlement takes the hold first, in the same order; what was used beyond it from what is available; and the rest
-  becomes a receivable. So a wallet never goes negative, and usage is always recorded as it was.
+- An extension reserves more for more output tokens, by the same rules: all that is asked for or as much as there is,
+  at least one token more.
+- A settlement takes the hold first, in the order in which it was reserved; what was used beyond it from what is
+  available; and the rest becomes a receivable. So a wallet never goes negative, and usage is always recorded as it was.
 - Credits that become free while a receivable is open pay it at once: a wallet that owes has nothing available.
 - What is released of an expired grant goes to breakage at once.
 - A hold is resolved once: posted, voided or expired. Expiry posts the last reported usage if it has output tokens,
@@ -18,25 +20,24 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from services.billing.domain import INT8_MAX, Price, PriceTerms, Usage, customer_classes
+from services.billing.domain import INT8_MAX, Price, Usage, customer_classes
 from services.billing.errors import (
     AmountTooLarge,
-    BudgetExceeded,
-    CreditsReserved,
     HoldNotExpired,
     HoldNotFound,
     HoldResolved,
     IdempotencyMismatch,
-    InsufficientCredits,
     ModelNotPriced,
     WalletFrozen,
 )
 from services.billing.ledger import movements
-from services.billing.ledger.book import Book, Hold, Journal, Spending
+from services.billing.ledger.book import Book, Hold, Journal
+from services.billing.ledger.cover import covered
 from services.billing.ledger.operations import (
     Charge,
     ExpireGrant,
     ExpireHold,
+    ExtendHold,
     Freeze,
     GrantCredits,
     Heartbeat,
@@ -47,8 +48,9 @@ from services.billing.ledger.operations import (
     Settle,
     Void,
 )
-from services.billing.ledger.results import Extended, Frozen, Held, Result, Settled, Voided
+from services.billing.ledger.results import Extended, Frozen, Held, HoldExtended, Result, Settled, Voided
 from services.billing.ledger.rows import (
+    HoldExtensionRow,
     HoldRow,
     OpenHoldRow,
     Resolution,
@@ -58,8 +60,6 @@ from services.billing.ledger.rows import (
     TransferCode,
     UsageRow,
 )
-
-CREDITS_RESERVED_RETRY_S = 2
 
 
 def decide(journal: Journal, book: Book, operation: Operation) -> Result:
@@ -92,7 +92,9 @@ def _place(journal: Journal, book: Book, op: PlaceHold) -> Held:
         raise WalletFrozen()
     now, price = journal.now, price_for(journal, op)
     spendings = book.spendings(op.key_id, op.user_id)
-    covered, amount = _affordable(journal, book, op, price.terms, spendings)
+    worst = op.worst_case
+    least = worst.with_output(min(1, worst.output_tokens)) if op.clamp else worst
+    most, amount = covered(journal, book, price.terms, spendings, worst, least)
     slices = tuple(book.draw(amount, now))
     for part in slices:
         book.reserve(journal, part)
@@ -106,9 +108,9 @@ def _place(journal: Journal, book: Book, op: PlaceHold) -> Held:
         op.plan,
         op.model,
         price.id,
-        covered.input_tokens,
-        covered.cached_input_tokens,
-        covered.output_tokens,
+        most.input_tokens,
+        most.cached_input_tokens,
+        most.output_tokens,
         amount,
         op.request_id,
         now,
@@ -119,34 +121,34 @@ def _place(journal: Journal, book: Book, op: PlaceHold) -> Held:
     for position, part in enumerate(slices):
         journal.rows.slices.append(SliceRow(op.hold_id, position, part.account_id, part.amount))
     _store_open(journal, hold)
-    return Held(op.hold_id, amount, covered.output_tokens, price.id, hold.expires_at, book.available(now))
+    return Held(op.hold_id, amount, most.output_tokens, price.id, hold.expires_at, book.available(now))
 
 
-def _affordable(
-    journal: Journal, book: Book, op: PlaceHold, terms: PriceTerms, spendings: list[Spending]
-) -> tuple[Usage, int]:
-    """The usage that the hold will cover, and its cost. Raises one of the three refusals when there is none."""
-    worst, owes = op.worst_case, book.owed > 0
-    wanted, available = terms.cost(worst), 0 if owes else book.available(journal.now)
-    room = min((spending.room(journal.today) for spending in spendings), default=INT8_MAX)
-    if not owes and wanted <= available and wanted <= room:
-        return worst, wanted
-    least = terms.cost(_with_output(worst, min(1, worst.output_tokens))) if op.clamp else wanted
-    if owes or least > available:
-        if not owes and least <= book.reachable(journal.now):
-            raise CreditsReserved(retry_after_s=CREDITS_RESERVED_RETRY_S)
-        raise InsufficientCredits()
-    if least > room:
-        raise BudgetExceeded()
-    covered = _with_output(worst, terms.output_tokens_within(worst, min(available, room)))
-    return covered, terms.cost(covered)
+def _extend(journal: Journal, book: Book, op: ExtendHold) -> HoldExtended:
+    hold, now = _open_hold(book, op.hold_id), journal.now
+    if book.is_frozen:
+        raise WalletFrozen()
+    before = hold.covered
+    if op.output_tokens > before.output_tokens:
+        spendings = book.spendings(hold.row.key_id, hold.row.user_id)
+        worst, least = before.with_output(op.output_tokens), before.with_output(before.output_tokens + 1)
+        most, amount = covered(journal, book, hold.terms, spendings, worst, least, hold)
+        slices = tuple(book.draw(amount, now))
+        for position, part in enumerate(slices, len(hold.slices)):
+            book.reserve(journal, part)
+            journal.rows.slices.append(SliceRow(op.hold_id, position, part.account_id, part.amount))
+        for spending in spendings:
+            spending.held += amount
+        hold.slices += slices
+        hold.extended_by += amount
+        hold.extended_to = most.output_tokens
+        journal.rows.extensions.append(
+            HoldExtensionRow(op.hold_id, op.number, journal.op_id, most.output_tokens, amount, now)
+        )
+    return HoldExtended(op.hold_id, hold.amount, hold.covered.output_tokens, book.available(now))
 
 
-def _with_output(usage: Usage, output_tokens: int) -> Usage:
-    return Usage(usage.input_tokens, usage.cached_input_tokens, output_tokens)
-
-
-def _extend(journal: Journal, book: Book, op: Heartbeat) -> Extended:
+def _beat(journal: Journal, book: Book, op: Heartbeat) -> Extended:
     hold = _open_hold(book, op.hold_id)
     usage = hold.usage.at_least(op.usage)
     hold.terms.cost(usage)  # refused here, so that expiry can always post it
@@ -179,7 +181,7 @@ def _void(journal: Journal, book: Book, op: Void) -> Voided:
     hold = _open_hold(book, op.hold_id)
     _resolve(journal, book, hold, "void", 0)
     movements.tidy(journal, book)
-    return Voided(hold.row.amount)
+    return Voided(hold.amount)
 
 
 def _expire(journal: Journal, book: Book, op: ExpireHold) -> Settled:
@@ -230,7 +232,7 @@ def _resolve(
     for part in hold.slices:
         book.release(journal, part)
     for spending in book.spendings(row.key_id, row.user_id):
-        spending.held -= row.amount
+        spending.held -= hold.amount
     settled = _pay(journal, book, hold, cost, "usage", slices=hold.slices, effective_at=effective_at)
     hold.resolution = kind
     book.resolved.append(row.id)
@@ -254,8 +256,9 @@ def _pay(
     draws: dict[UUID, int] = {}
     rest, hold_id = cost, hold.row.id
     for part in slices:
-        draws[part.account_id] = min(part.amount, rest)
-        rest -= draws[part.account_id]
+        taken = min(part.amount, rest)
+        draws[part.account_id] = draws.get(part.account_id, 0) + taken
+        rest -= taken
     if rest > 0:
         for grant in book.drawable(journal.now):
             taken = draws.get(grant.account.id, 0)
@@ -338,7 +341,8 @@ def _open_hold(book: Book, hold_id: UUID) -> Hold:
 _RULES: dict[type[Operation], Any] = {
     PlaceHold: _place,
     Settle: _settle,
-    Heartbeat: _extend,
+    Heartbeat: _beat,
+    ExtendHold: _extend,
     Void: _void,
     ExpireHold: _expire,
     GrantCredits: movements.grant,

@@ -211,6 +211,24 @@ class Heartbeat(Operation):
 
 
 @dataclass(frozen=True, slots=True)
+class ExtendHold(Operation):
+    """Have an open hold cover more output tokens: as many as can be had, up to `output_tokens` in all.
+
+    `number` tells the attempts of one hold apart: a refusal is remembered, so who asks again later counts on.
+    """
+
+    kind = "extend"
+
+    hold_id: UUID
+    number: int
+    output_tokens: int
+
+    @property
+    def key(self) -> str:
+        return f"extend:{self.hold_id}:{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
 class Settle(Operation):
     """Post what was used. After an expiry it posts the remainder, remembered as `late:<hold>`."""
 

@@ -28,7 +28,19 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldExtended:
+    """`amount` is held, and `output_tokens` are covered, in all."""
+
+    hold_id: UUID
+    amount: int
+    output_tokens: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
 class Extended:
+    """What a heartbeat did."""
+
     expires_at: datetime
 
 
@@ -74,12 +86,13 @@ class GrantExpired:
     amount: int
 
 
-Remembered = Granted | Held | Settled | Voided | Charged | Refunded | Frozen | GrantExpired
+Remembered = Granted | Held | HoldExtended | Settled | Voided | Charged | Refunded | Frozen | GrantExpired
 Result = Remembered | Extended | None
 
 _RESULTS: dict[str, type[Remembered]] = {
     "grant": Granted,
     "hold": Held,
+    "extend": HoldExtended,
     "settle": Settled,
     "void": Voided,
     "expire": Settled,

@@ -100,6 +100,17 @@ class SliceRow(NamedTuple):
     amount: int
 
 
+class HoldExtensionRow(NamedTuple):
+    """What a hold covers since then: `output_tokens` in all, for which `amount` more is held."""
+
+    hold_id: UUID
+    number: int
+    op_id: UUID
+    output_tokens: int
+    amount: int
+    created_at: datetime
+
+
 class OpenHoldRow(NamedTuple):
     """What changes of a hold while it is open."""
 
@@ -173,6 +184,7 @@ class Rows:
     transfers: list[Transfer] = field(default_factory=list)
     holds: list[HoldRow] = field(default_factory=list)
     slices: list[SliceRow] = field(default_factory=list)
+    extensions: list[HoldExtensionRow] = field(default_factory=list)
     opened: dict[UUID, OpenHoldRow] = field(default_factory=dict)
     closed: list[UUID] = field(default_factory=list)
     resolutions: list[Resolution] = field(default_factory=list)

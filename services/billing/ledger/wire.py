@@ -26,6 +26,7 @@ _KINDS: dict[str, type[Operation]] = {
         operations.Freeze,
         operations.PlaceHold,
         operations.Heartbeat,
+        operations.ExtendHold,
         operations.Settle,
         operations.Void,
         operations.ExpireHold,

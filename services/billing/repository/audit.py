@@ -21,6 +21,8 @@ _REQUEST = """
             FROM billing.price p JOIN billing.tariff t ON t.id = p.tariff_id WHERE p.id = h.price_id),
         'slices', (SELECT jsonb_agg(to_jsonb(s) - 'hold_id' ORDER BY s.position)
             FROM billing.hold_slice s WHERE s.hold_id = h.id),
+        'extensions', (SELECT jsonb_agg(to_jsonb(e) - 'hold_id' ORDER BY e.number)
+            FROM billing.hold_extension e WHERE e.hold_id = h.id),
         'open', (SELECT to_jsonb(o) - 'hold_id' - 'wallet_id' FROM billing.open_hold o WHERE o.hold_id = h.id),
         'resolution', (SELECT to_jsonb(r) - 'hold_id' FROM billing.hold_resolution r WHERE r.hold_id = h.id),
         'usage', (SELECT jsonb_agg(to_jsonb(u) - 'hold_id' - 'wallet_id' ORDER BY u.part)
@@ -30,6 +32,8 @@ _REQUEST = """
         'operations', (SELECT jsonb_agg(to_jsonb(o) - 'body_sha256' ORDER BY o.created_at, o.id)
             FROM billing.op o WHERE (o.tenant = h.wallet_id AND o.idem_key = ANY(ARRAY[
                 'hold:' || h.id, 'settle:' || h.id, 'void:' || h.id, 'expire:' || h.id, 'late:' || h.id]))
+                OR (o.tenant = h.wallet_id AND o.idem_key = ANY(ARRAY(
+                    SELECT 'extend:' || h.id || ':' || n FROM generate_series(1, 1000) n)))
                 OR o.id IN (SELECT t.op_id FROM billing.transfer t WHERE t.hold_id = h.id)))
     FROM billing.hold h WHERE h.id = $1"""
 

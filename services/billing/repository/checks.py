@@ -149,17 +149,33 @@ HOLDS = (
         UNION ALL SELECT 'a transfer', hold_id, wallet_id FROM billing.transfer
             WHERE hold_id > $1 AND hold_id <= $2 AND code IN ('usage', 'late', 'receivable')
         UNION ALL SELECT 'resolution', hold_id, NULL FROM billing.hold_resolution
+            WHERE hold_id > $1 AND hold_id <= $2
+        UNION ALL SELECT 'extension', hold_id, NULL FROM billing.hold_extension
             WHERE hold_id > $1 AND hold_id <= $2) x
     WHERE NOT EXISTS (SELECT FROM billing.hold h
-        WHERE h.id = x.hold_id AND (x.what = 'resolution' OR h.wallet_id IS NOT DISTINCT FROM x.wallet_id))""",
+        WHERE h.id = x.hold_id
+            AND (x.what IN ('resolution', 'extension') OR h.wallet_id IS NOT DISTINCT FROM x.wallet_id))""",
     """SELECT 'holds are covered by their slices',
-        h.wallet_id, format('hold %s: %s, slices are %s', h.id, h.amount, coalesce(s.amount, 0))
+        h.wallet_id, format('hold %s: %s, slices are %s', h.id, h.amount + e.amount, coalesce(s.amount, 0))
     FROM billing.hold h CROSS JOIN LATERAL (
         SELECT sum(amount) AS amount FROM billing.hold_slice WHERE hold_id = h.id) s
-    WHERE h.id > $1 AND h.id <= $2 AND h.amount <> coalesce(s.amount, 0)""",
+        CROSS JOIN LATERAL (
+        SELECT coalesce(sum(amount), 0) AS amount FROM billing.hold_extension WHERE hold_id = h.id) e
+    WHERE h.id > $1 AND h.id <= $2 AND h.amount + e.amount <> coalesce(s.amount, 0)""",
     """SELECT 'holds cost what their price says', h.wallet_id, format('hold %s: %s', h.id, h.amount)
     FROM billing.hold h JOIN billing.price p ON p.id = h.price_id
-    WHERE h.id > $1 AND h.id <= $2 AND h.amount <> HOLD_COST""".replace("HOLD_COST", _cost("h.{}_tokens")),
+    WHERE h.id > $1 AND h.id <= $2 AND h.amount <> HOLD_COST
+    UNION ALL
+    SELECT 'holds cost what their price says', x.wallet_id, format('hold %s, extension %s: %s in all', x.id, x.number,
+        x.total)
+    FROM (SELECT h.id, h.wallet_id, h.price_id, h.input_tokens, h.cached_input_tokens, e.number, e.output_tokens,
+            h.amount + sum(e.amount) OVER (PARTITION BY e.hold_id ORDER BY e.number) AS total
+        FROM billing.hold_extension e JOIN billing.hold h ON h.id = e.hold_id
+        WHERE e.hold_id > $1 AND e.hold_id <= $2) x
+        JOIN billing.price p ON p.id = x.price_id
+    WHERE x.total <> EXTENDED_COST""".replace("HOLD_COST", _cost("h.{}_tokens")).replace(
+        "EXTENDED_COST", _cost("x.{}_tokens")
+    ),
     """SELECT 'holds are open or resolved', h.wallet_id, format('hold %s', h.id)
     FROM billing.hold h LEFT JOIN billing.open_hold o ON o.hold_id = h.id
         LEFT JOIN billing.hold_resolution r ON r.hold_id = h.id
@@ -195,6 +211,13 @@ HOLDS = (
     FROM billing.hold h LEFT JOIN billing.op o ON o.tenant = h.wallet_id AND o.idem_key = 'hold:' || h.id
     WHERE h.id > $1 AND h.id <= $2
         AND (o.id IS NULL OR o.refusal IS NOT NULL OR (o.result->>'amount')::int8 IS DISTINCT FROM h.amount)
+    UNION ALL
+    SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id,
+        format('hold %s: extension %s', h.id, e.number)
+    FROM billing.hold_extension e JOIN billing.hold h ON h.id = e.hold_id
+        LEFT JOIN billing.op o ON o.tenant = h.wallet_id AND o.idem_key = 'extend:' || h.id || ':' || e.number
+    WHERE e.hold_id > $1 AND e.hold_id <= $2 AND (o.id IS DISTINCT FROM e.op_id OR o.refusal IS NOT NULL
+        OR (o.result->>'output_tokens')::int8 IS DISTINCT FROM e.output_tokens)
     UNION ALL
     SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id, format('hold %s: %s', h.id, r.kind)
     FROM billing.hold h JOIN billing.hold_resolution r ON r.hold_id = h.id

@@ -48,7 +48,8 @@ async def expired_grants(database: Database, limit: int, shards: int, led: Seque
 
 async def totals(database: Database) -> Totals:
     row = await database.fetchrow(
-        """SELECT count(*), coalesce(sum(h.amount), 0)::int8,
+        """SELECT count(*), coalesce(sum(h.amount + coalesce((
+                SELECT sum(amount) FROM billing.hold_extension WHERE hold_id = h.id), 0)), 0)::int8,
             (SELECT count(*) FROM billing.wallet WHERE frozen_at IS NOT NULL)
         FROM billing.open_hold o JOIN billing.hold h ON h.id = o.hold_id"""
     )

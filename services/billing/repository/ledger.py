@@ -60,7 +60,8 @@ _SPENT = """
     WHERE wallet_id = ANY($1) AND day BETWEEN date_trunc('month', $2::date)::date AND $2::date GROUP BY 1, 2, 3"""
 
 _HELD = """
-    SELECT o.wallet_id, h.key_id, h.user_id, sum(h.amount)::int8
+    SELECT o.wallet_id, h.key_id, h.user_id, sum(h.amount + coalesce((
+        SELECT sum(amount) FROM billing.hold_extension WHERE hold_id = h.id), 0))::int8
     FROM billing.open_hold o JOIN billing.hold h ON h.id = o.hold_id WHERE o.wallet_id = ANY($1) GROUP BY 1, 2, 3"""
 
 _HOLDS = """
@@ -70,11 +71,14 @@ _HOLDS = """
         s.accounts, s.amounts,
         o.expires_at, o.input_tokens AS o_input, o.cached_input_tokens AS o_cached, o.output_tokens AS o_output,
         r.kind AS resolution,
-        u.input_tokens AS u_input, u.cached_input_tokens AS u_cached, u.output_tokens AS u_output, u.cost AS u_cost
+        u.input_tokens AS u_input, u.cached_input_tokens AS u_cached, u.output_tokens AS u_output, u.cost AS u_cost,
+        e.amount AS extended_by, e.output_tokens AS extended_to
     FROM billing.hold h
     JOIN billing.price p ON p.id = h.price_id
     CROSS JOIN LATERAL (SELECT array_agg(account_id ORDER BY position) AS accounts,
             array_agg(amount ORDER BY position) AS amounts FROM billing.hold_slice WHERE hold_id = h.id) s
+    CROSS JOIN LATERAL (SELECT coalesce(sum(amount), 0)::int8 AS amount,
+            coalesce(max(output_tokens), 0) AS output_tokens FROM billing.hold_extension WHERE hold_id = h.id) e
     LEFT JOIN billing.open_hold o ON o.hold_id = h.id
     LEFT JOIN billing.hold_resolution r ON r.hold_id = h.id
     LEFT JOIN billing.usage u ON u.hold_id = h.id AND u.part = 0
@@ -189,6 +193,8 @@ def _hold(row: Any) -> Hold:
         slices=tuple(Slice(account_id, amount) for account_id, amount in slices),
         expires_at=row["expires_at"] or row["created_at"],
         resolution=row["resolution"],
+        extended_by=row["extended_by"],
+        extended_to=row["extended_to"],
     )
     if row["expires_at"] is not None:
         hold.usage = Usage(row["o_input"], row["o_cached"], row["o_output"])

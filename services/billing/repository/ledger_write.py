@@ -200,6 +200,10 @@ def _statement() -> str:
 
 WRITE = _statement()
 
+# Rare: in the statement of every batch they would cost each of them.
+_EXTEND = """INSERT INTO billing.hold_extension (hold_id, number, op_id, output_tokens, amount, created_at)
+    VALUES ($1, $2, $3, $4, $5, $6)"""
+
 
 async def write(connection: Connection, journal: Journal) -> None:
     """Everything that the batch came to. Raises BookOutdated when a row that it changes is not as it was read."""
@@ -227,6 +231,8 @@ async def write(connection: Connection, journal: Journal) -> None:
     written = await connection.fetchrow(WRITE, journal.now, *chain.from_iterable(columns))
     if written[1:] != (len(wallets), len(accounts)):
         raise BookOutdated()
+    if rows.extensions:
+        await connection.executemany(_EXTEND, rows.extensions)
 
 
 class BookOutdated(Exception):

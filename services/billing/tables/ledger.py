@@ -197,7 +197,20 @@ hold_slice = Table(
     Column("account_id", Uuid, nullable=False),
     Column("amount", BigInteger, nullable=False),
     CheckConstraint("amount > 0", name="amount"),
-    UniqueConstraint("hold_id", "account_id"),
+)
+
+# More for a hold that is open, and the slices of it with it: `amount` is added, `output_tokens` are covered in all.
+hold_extension = Table(
+    "hold_extension",
+    tables,
+    Column("hold_id", Uuid, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("op_id", Uuid, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    at("created_at"),
+    CheckConstraint("number > 0", name="number"),
+    CheckConstraint("amount >= 0", name="amount"),
 )
 
 open_hold = Table(
@@ -301,7 +314,10 @@ price_generation = Table(
 )
 
 # What is written once. `migrate` gives no right to change these; triggers refuse even their owner.
-APPEND_ONLY = ("credit_grant", "op", "transfer", "tariff", "hold", "hold_slice", "hold_resolution", "usage")
+APPEND_ONLY = (
+    *("credit_grant", "op", "transfer", "tariff"),
+    *("hold", "hold_slice", "hold_extension", "hold_resolution", "usage"),
+)
 
 SERVICE_GRANTS = {
     **dict.fromkeys(APPEND_ONLY, "SELECT, INSERT"),

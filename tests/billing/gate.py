@@ -58,12 +58,17 @@ class Gate:
         if not self._is_open:
             writer.transport.abort()
             return
+        target = self._target
         try:
-            up_reader, up_writer = await asyncio.open_connection(*self._target)
+            up_reader, up_writer = await asyncio.open_connection(*target)
         except OSError:
             writer.transport.abort()
             return
         both = (writer, up_writer)
+        if not self._is_open or target != self._target:  # meanwhile it was shut, or leads elsewhere
+            for side in both:
+                side.transport.abort()
+            return
         self._connections.update(both)
         losing = asyncio.Event()
         try:

@@ -161,7 +161,7 @@ async def test_connections_that_are_cut_at_random_leave_every_operation_applied_
 ) -> None:
     rng = random.Random(5)
     spent: dict[UUID, int] = {}
-    done = asyncio.Event()
+    done, progress = asyncio.Event(), asyncio.Event()
 
     async def cut() -> None:
         while not done.is_set():
@@ -169,18 +169,24 @@ async def test_connections_that_are_cut_at_random_leave_every_operation_applied_
                 components.postgres.execute,
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}' AND random() < 0.5",
             )
+            progress.clear()
+            if not done.is_set():  # on a slow machine nothing would ever get through without a pause
+                await progress.wait()
 
     async def customer(org_id: UUID) -> None:
         for _ in range(8):
             operation, tokens = place(org_id, 20), rng.randint(1, 20)
             held = await stubborn(ledger, operation)
+            progress.set()
             assert isinstance(held, Held)
             await stubborn(ledger, settle(org_id, held.hold_id, tokens))
             spent[org_id] = spent.get(org_id, 0) + tokens
+            progress.set()
 
     cutting = asyncio.create_task(cut())
     await asyncio.gather(*(customer(uuid4()) for _ in range(6)))
     done.set()
+    progress.set()
     await cutting
     for org_id, tokens in spent.items():
         wallet = await ledger.wallet(org_id)

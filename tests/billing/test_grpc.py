@@ -134,7 +134,7 @@ async def test_of_a_hundred_concurrent_holders_on_a_balance_for_k_exactly_k_succ
         chat = chats[number % len(chats)]
         request = hold_request(org_id, PRICE)
         try:
-            reply: pb.HoldReply = await chat.call(LedgerStub(chat.channel).Hold, request, timeout_s=60)
+            reply: pb.HoldReply = await chat.call(LedgerStub(chat.channel).Hold, request)
         except PaymentRequired as e:
             return e.code
         return reply
@@ -178,7 +178,7 @@ async def test_concurrent_identical_holds_reserve_once(app: App, ledger: Ledger,
     chat = caller(app.grpc_target)
     request = hold_request(org_id, 25)
     stub = LedgerStub(chat.channel)
-    replies = await asyncio.gather(*(chat.call(stub.Hold, request, timeout_s=60) for _ in range(20)))
+    replies = await asyncio.gather(*(chat.call(stub.Hold, request) for _ in range(20)))
     assert len({r.SerializeToString(deterministic=True) for r in replies}) == 1
     assert (await ledger.wallet(org_id)).held == 25
     await chat.close()
@@ -187,7 +187,7 @@ async def test_concurrent_identical_holds_reserve_once(app: App, ledger: Ledger,
 async def test_nobody_calls_without_a_service_identity(app: App, org_id: UUID) -> None:
     async with aio.insecure_channel(app.grpc_target) as channel:
         with pytest.raises(aio.AioRpcError) as refused:
-            await LedgerStub(channel).Hold(hold_request(org_id), timeout=10)
+            await LedgerStub(channel).Hold(hold_request(org_id), timeout=60)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
     metadata: Any = refused.value.trailing_metadata()
     trailing = dict(metadata)
@@ -199,15 +199,8 @@ async def test_an_operation_whose_caller_goes_away_is_finished(app: App, ledger:
     await chat.call(LedgerStub(chat.channel).Hold, hold_request(org_id, 1))
     request = hold_request(org_id, 30)
     async with ledger.stalled(org_id):
-        call = asyncio.create_task(chat.call(LedgerStub(chat.channel).Hold, request, timeout_s=30))
-
-        async def waits_for_the_lock() -> bool:
-            waiting: int = await ledger.pool.fetchval(
-                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-            )
-            return waiting > 0
-
-        await wait_until(waits_for_the_lock, "the wait for the shard")
+        call = asyncio.create_task(chat.call(LedgerStub(chat.channel).Hold, request))
+        await wait_until(ledger.is_waited_for, "the wait for the shard")
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
 

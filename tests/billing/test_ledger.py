@@ -259,14 +259,15 @@ async def test_a_heartbeat_keeps_a_hold_from_the_sweeper(ledger: Ledger, org_id:
 
 async def test_the_sweeper_moves_expired_grants_to_breakage(ledger: Ledger, org_id: UUID) -> None:
     await ledger.writer.submit(OpenWallet(org_id, uuid4()))
-    expires_at = datetime.now(UTC) + timedelta(milliseconds=600)
-    await ledger.writer.submit(grant(org_id, 70, expires_at=expires_at, priority=1))
+    credit = grant(org_id, 70, expires_at=datetime.now(UTC) + timedelta(hours=1), priority=1)
+    await ledger.writer.submit(credit)
     held = await ledger.held(org_id, 30)  # drawn from the grant that expires
-    credit = await ledger.pool.fetchval("SELECT account_id FROM billing.hold_slice WHERE hold_id = $1", held.hold_id)
+    await ledger.lapse_now(credit.account_id)
 
     async def swept() -> bool:
         await ledger.sweeper.sweep()
-        return await count(ledger, "SELECT count(*) FROM billing.expiring_grant WHERE account_id = $1", credit) == 0
+        left = "SELECT count(*) FROM billing.expiring_grant WHERE account_id = $1"
+        return await count(ledger, left, credit.account_id) == 0
 
     await wait_until(swept, "expiry of the grant")
     wallet = await ledger.wallet(org_id)

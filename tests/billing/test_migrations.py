@@ -53,7 +53,7 @@ def test_alembic_finds_no_difference_between_migrations_and_models(owner_url: st
         env={"PATH": os.environ["PATH"], "TOLLGATE_DATABASE_URL": owner_url},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "No new upgrade operations" in checked.stdout

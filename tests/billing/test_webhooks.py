@@ -79,15 +79,15 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield receiver
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def service(owner_url: str, ledger: Ledger) -> AsyncIterator[App]:
+@asynccontextmanager
+async def delivering(owner_url: str, timeout_s: float) -> AsyncIterator[App]:
     """The service with webhooks, in a network of its own, delivering."""
     async with running(
         owner_url,
         signup_credits="0.000001",
         billing_secret_keys=SecretStr(IDENTITY_KEYS),
         billing_webhook_private=True,
-        billing_webhook_timeout_s=0.5,
+        billing_webhook_timeout_s=timeout_s,
         billing_webhook_retries_s=(0.05, 0.05, 0.05),
         billing_webhook_interval_s=0.02,
         billing_alert_interval_s=0.02,
@@ -97,6 +97,12 @@ async def service(owner_url: str, ledger: Ledger) -> AsyncIterator[App]:
         for loop in loops:
             loop.cancel()
         await asyncio.gather(*loops, return_exceptions=True)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def service(owner_url: str, ledger: Ledger) -> AsyncIterator[App]:
+    async with delivering(owner_url, timeout_s=30) as app:
+        yield app
 
 
 async def added(service: App, who: Identity, receiver: Receiver) -> dict[str, Any]:
@@ -174,18 +180,19 @@ async def test_a_message_comes_again_with_the_same_id_until_it_is_taken(
 
 
 async def test_a_receiver_that_never_answers_properly_is_given_up(
-    service: App, receiver: Receiver, org_id: UUID
+    lonely_url: str, receiver: Receiver, org_id: UUID
 ) -> None:
     who = owner(org_id)
-    hook = await added(service, who, receiver)
-    receiver.hang = True
-    await sent_a_test(service, who, hook["id"])
+    async with delivering(lonely_url, timeout_s=0.5) as service:
+        hook = await added(service, who, receiver)
+        receiver.hang = True
+        await sent_a_test(service, who, hook["id"])
 
-    async def failed() -> bool:
-        return [d["status"] for d in await deliveries(service, who, hook["id"])] == ["failed"]
+        async def failed() -> bool:
+            return [d["status"] for d in await deliveries(service, who, hook["id"])] == ["failed"]
 
-    await wait_until(failed, "the end of the attempts")
-    [delivery] = await deliveries(service, who, hook["id"])
+        await wait_until(failed, "the end of the attempts")
+        [delivery] = await deliveries(service, who, hook["id"])
     assert (delivery["attempts"], delivery["response_status"], delivery["error"]) == (4, None, "TimeoutError")
 
 
@@ -366,7 +373,7 @@ async def test_a_public_name_is_connected_to_at_the_address_that_was_examined() 
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "127.0.0.1"])
 async def test_nothing_within_is_reached_however_its_address_is_written(receiver: Receiver, host: str) -> None:
     """Many notations of one address, some of which only the resolver understands."""
-    sender = WebhookSender(timeout_s=5, connections_max=1, private=False)
+    sender = WebhookSender(timeout_s=60, connections_max=1, private=False)
     port = receiver.url.rpartition(":")[2].partition("/")[0]
     try:
         outcome = await sender.send(f"https://{host}:{port}/hook", [b"s"], "msg_1", "{}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -20,7 +22,12 @@ from tests.billing.harness import MODEL, App, Ledger, caller, ledger_on, migrate
 from tests.conftest import FreshDatabase
 
 LIMITS = MeteringLimits(
-    hold_ttl_ms=60_000, call_timeout_s=5, settle_wait_s=30, resolution_timeout_s=60, backoff_max_s=0.2
+    hold_ttl_ms=60_000,
+    call_timeout_s=20,
+    hold_timeout_s=60,
+    settle_wait_s=60,
+    resolution_timeout_s=60,
+    backoff_max_s=0.2,
 )
 
 
@@ -75,8 +82,9 @@ class Customer:
     metering: Metering
     failures: Counter
 
-    def client(self, limits: MeteringLimits) -> Metering:
-        return Metering(self.chat, limits=limits, failures=self.failures)
+    def client(self, **limits: Any) -> Metering:
+        """Another one, with these limits."""
+        return Metering(self.chat, limits=replace(LIMITS, **limits), failures=self.failures)
 
     def hold(self, max_output_tokens: int = 100, *, metering: Metering | None = None, clamp: bool = False) -> Hold:
         return (metering or self.metering).hold(
@@ -104,6 +112,13 @@ class Customer:
         )
         return found == output_tokens
 
+    async def ends_at(self) -> datetime:
+        """When the wallet's one open hold would expire."""
+        found: datetime = await self.billing.ledger.pool.fetchval(
+            "SELECT expires_at FROM billing.open_hold WHERE wallet_id = $1", self.org_id
+        )
+        return found
+
     def failed(self) -> int:
         return int(self.failures._value.get())
 
@@ -124,6 +139,6 @@ async def customer(billing: Billing) -> AsyncIterator[Customer]:
     metering = Metering(chat, limits=LIMITS, failures=failures)
     yield Customer(billing, chat, org_id, person(org_id), metering, failures)
     billing.gate.open()
-    await metering.close()
+    await metering.close(timeout_s=60)
     await chat.close()
     await billing.ledger.verified()

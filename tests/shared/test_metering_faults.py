@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
-from pydantic import SecretStr
+from prometheus_client import CollectorRegistry
 
 from services.billing.ledger.operations import Void
+from services.billing.servicer import Servicer
+from shared.clock import SystemClock
 from shared.errors import Unavailable
-from shared.metering import MeteringLimits, Receipt, Usage
-from tests.billing.harness import SIGNUP_NANO, App, owner, running, wait_until
+from shared.grpc import create_server
+from shared.identity import IdentityRing
+from shared.metering import Receipt, Usage
+from shared.rpc.billing_pb2_grpc import add_LedgerServicer_to_server
+from shared.telemetry import GrpcMetrics
+from shared.web import Readiness
+from tests.billing.harness import SIGNUP_NANO, Ledger, owner, wait_until
 from tests.shared.metering_customer import Customer, address
 
 
-async def has_answered(app: App, code: str) -> bool:
-    """Whether the stream has ever been answered with this error."""
-    lines = (await app.http.get("/metrics")).text.splitlines()
-    return any('"Operate"' in line and f'"{code}"' in line for line in lines)
+@asynccontextmanager
+async def with_other_keys(ledger: Ledger) -> AsyncIterator[tuple[str, CollectorRegistry]]:
+    """The same ledger at an address where other identity keys are valid. It leads nothing of its own: whether others
+    may ask it for what it leads is another question.
+    """
+    registry = CollectorRegistry()
+    ring = IdentityRing(f"new:{base64.b64encode(b'n' * 32).decode()}", SystemClock())
+    server = create_server(ring, GrpcMetrics(registry, "billing"))
+    add_LedgerServicer_to_server(Servicer(ledger.writer, ledger.prices, Readiness()), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", registry
+    finally:
+        await server.stop(0)
+
+
+async def has_refused(registry: CollectorRegistry) -> bool:
+    """Whether a stream was refused for its identity."""
+    labels = {"service": "billing", "method": "Operate", "code": "invalid_identity"}
+    return registry.get_sample_value("tollgate_grpc_requests_total", labels) is not None
 
 
 async def test_a_settlement_outlasts_a_fault_of_the_ledger(customer: Customer) -> None:
@@ -38,18 +64,17 @@ async def test_a_settlement_outlasts_a_fault_of_the_ledger(customer: Customer) -
     assert customer.failed() == 0
 
 
-async def test_a_settlement_outlasts_a_rotation_of_keys(customer: Customer, owner_url: str) -> None:
+async def test_a_settlement_outlasts_a_rotation_of_keys(customer: Customer) -> None:
     """Billing has the new keys before the caller has them."""
     gate, former = customer.billing.gate, customer.billing.app.grpc_target
-    new_keys = SecretStr(f"new:{base64.b64encode(b'n' * 32).decode()}")
-    async with running(owner_url, identity_keys=new_keys) as app, customer.hold() as hold:
+    async with customer.hold() as hold, with_other_keys(customer.billing.ledger) as (target, registry):
         hold.record(Usage(3, 0, 21))
-        gate.lead_to(*address(app.grpc_target))
+        gate.lead_to(*address(target))
         try:
             settling = asyncio.create_task(hold.settle(build="b", finish_reason="stop"))
-            await wait_until(lambda: has_answered(app, "invalid_identity"), "the refusal of the caller")
+            await wait_until(lambda: has_refused(registry), "the refusal of the caller")
             with pytest.raises(Unavailable):
-                async with customer.hold(metering=customer.client(MeteringLimits(hold_timeout_s=0.2))):
+                async with customer.hold(metering=customer.client(hold_timeout_s=0.2)):
                     raise AssertionError("the block is not entered")
         finally:
             gate.lead_to(*address(former))
@@ -67,7 +92,7 @@ async def test_a_refused_settlement_is_given_up_at_once(customer: Customer) -> N
 
 async def test_a_process_that_dies_soon_after_its_first_tokens_pays_them(customer: Customer) -> None:
     """The next regular heartbeat is 20 s away."""
-    metering = customer.client(MeteringLimits(hold_ttl_ms=60_000, first_heartbeat_ms=50))
+    metering = customer.client(first_heartbeat_ms=50, settle_wait_s=0.1)
     hold = customer.hold(metering=metering)
     await hold.__aenter__()
     hold.record(Usage(3, 0, 0))
@@ -82,7 +107,7 @@ async def test_a_process_that_dies_soon_after_its_first_tokens_pays_them(custome
 
 
 async def test_heartbeats_come_early_only_after_an_output_token_and_never_after_the_end(customer: Customer) -> None:
-    metering = customer.client(MeteringLimits(hold_ttl_ms=60_000, first_heartbeat_ms=0))
+    metering = customer.client(first_heartbeat_ms=0)
     before = await customer.billing.heartbeats()
     async with customer.hold(metering=metering) as hold:
         hold.record(Usage(3, 0, 0))

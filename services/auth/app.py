@@ -17,6 +17,7 @@ from services.auth import tasks
 from services.auth.clients import ChangeChannel, Mailer, UsageStream
 from services.auth.clients.oidc import OidcClient
 from services.auth.errors import SigningKeyUnreadable
+from services.auth.repository.sign_in import SignInDatabase
 from services.auth.routes import admin, jwks, keys, oidc, organizations, registration, service_accounts, sessions, users
 from services.auth.service import Services
 from services.auth.service.access import Access
@@ -129,7 +130,13 @@ async def compose(
     await signing_keys.load()
     tokens = Tokens(signing_keys, settings.secret_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
-    sign_ins = _sign_ins(settings, stack)
+    sign_ins = await stack.enter_async_context(
+        SignInDatabase(
+            settings.auth_database_url.get_secret_value(),
+            connections_max=settings.auth_sign_in_database_pool_size,
+            wait_s=settings.auth_sign_in_database_wait_s,
+        )
+    )
     attempts = _attempts(settings, sign_ins, clock)
     accounts = Accounts(sessions_of, passwords, attempts, outbox, clock)
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
@@ -171,19 +178,6 @@ async def compose(
     )
 
 
-def _sign_ins(settings: AuthSettings, stack: AsyncExitStack) -> async_sessionmaker[AsyncSession]:
-    """Connections for sign-ins alone."""
-    engine = database.create_engine(
-        settings.auth_database_url.get_secret_value(),
-        application="tollgate-auth-sign-in",
-        pool_size=settings.auth_sign_in_database_pool_size,
-        pool_overflow=0,
-        pool_timeout_s=settings.auth_sign_in_database_wait_s,
-    )
-    stack.push_async_callback(engine.dispose)
-    return database.session_factory(engine)
-
-
 def _session_limits(settings: AuthSettings) -> SessionLimits:
     return SessionLimits(
         refresh_ttl_s=settings.auth_refresh_token_ttl_s,
@@ -210,7 +204,7 @@ def _signing_keys(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncS
     return SigningKeys(sessions_of, settings.secret_key, clock, limits)
 
 
-def _attempts(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSession], clock: Clock) -> Attempts:
+def _attempts(settings: AuthSettings, sign_ins: SignInDatabase, clock: Clock) -> Attempts:
     limits = AttemptLimits(
         pair_free=settings.auth_sign_in_pair_free,
         name_free=settings.auth_sign_in_name_free,
@@ -220,7 +214,7 @@ def _attempts(settings: AuthSettings, sessions_of: async_sessionmaker[AsyncSessi
         memory_s=settings.auth_sign_in_memory_s,
         prune_batch_max=settings.auth_prune_batch_max,
     )
-    return Attempts(sessions_of, settings.secret_key, clock, limits)
+    return Attempts(sign_ins, settings.secret_key, clock, limits)
 
 
 def _email(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
+import sys
 from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -74,7 +76,8 @@ class AuthSettings(ServiceSettings):
     auth_argon2_time_cost: int = Field(default=2, ge=1)
     auth_argon2_memory_kib: int = Field(default=19_456, ge=8)
     auth_argon2_parallelism: int = Field(default=1, ge=1)
-    auth_argon2_threads: int = Field(default=2, ge=1)
+    # One core less than there are, so that sign-ins leave one to everybody else.
+    auth_argon2_threads: int = Field(default_factory=lambda: max(1, _cores() - 1), ge=1)
     auth_argon2_queue_max: int = Field(default=64, ge=0)
     auth_argon2_nice: int = Field(default=10, ge=0, le=19)
     auth_sign_in_database_pool_size: int = Field(default=3, ge=1)
@@ -124,6 +127,11 @@ class MigrationSettings(BaseSettings):
     database_url: SecretStr
     auth_database_url: SecretStr
     gateway_database_url: SecretStr
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _decode_secret_key(value: SecretStr) -> bytes:

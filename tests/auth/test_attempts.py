@@ -8,6 +8,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from services.auth.repository.sign_in import SignInDatabase
 from services.auth.service.passwords import Passwords
 from tests.auth.harness import PASSWORD, Auth, User, running
 from tests.conftest import Components
@@ -110,6 +111,28 @@ async def test_the_addresses_of_one_line_count_as_one(auth: Auth, first: str, se
     name = (await auth.user()).username
     assert [await fail(auth, name.upper(), first) for _ in range(5)] == [401] * 5
     assert await fail(auth, name, second) == 429
+
+
+async def test_whoever_goes_on_while_blocked_costs_the_database_nothing(
+    auth: Auth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a connection; and the wait is not longer for that."""
+    monkeypatch.setattr("services.auth.service.attempts.KNOWN_BLOCK_S", 3_600)
+    name = (await auth.user()).username
+    assert [await fail(auth, name, HOME) for _ in range(6)] == [401] * 5 + [429]
+    taken: list[SignInDatabase] = []
+    connection = SignInDatabase.connection
+
+    def counted(self: SignInDatabase) -> Any:
+        taken.append(self)
+        return connection(self)
+
+    monkeypatch.setattr(SignInDatabase, "connection", counted)
+    assert [await fail(auth, name, HOME) for _ in range(3)] == [429] * 3
+    assert not taken
+    assert await fail(auth, name, OFFICE) == 401
+    auth.clock.advance(1)
+    assert (await sign_in(auth, name, HOME)).status_code == 200
 
 
 async def test_of_many_at_once_no_more_are_tried_than_one_after_the_other(

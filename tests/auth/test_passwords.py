@@ -1,6 +1,8 @@
 """The bounded pool of argon2 threads."""
 
 import asyncio
+import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -113,3 +115,31 @@ async def test_a_flood_of_sign_ins_is_turned_away_at_the_door_and_others_are_ser
         assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
         assert (refreshed.status_code, made.status_code) == (200, 201)
         assert (await auth.login(user.username)).status_code == 200
+
+
+class Priority(argon2.PasswordHasher):
+    """argon2 that notes how willingly its thread yields."""
+
+    def __init__(self) -> None:
+        super().__init__(time_cost=1, memory_cost=64, parallelism=1)
+        self.nices: set[int] = set()
+
+    def verify(self, hash: str | bytes, password: str | bytes) -> Literal[True]:  # noqa: A002 - argon2's own name
+        self.nices.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return super().verify(hash, password)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
+async def test_the_threads_yield_to_the_loop_and_leave_a_core_to_everybody_else(auth: Auth) -> None:
+    hasher, own = Priority(), os.getpriority(os.PRIO_PROCESS, 0)
+    nice = min(own + 5, 19)
+    jobs = AuthMetrics(CollectorRegistry()).password_jobs
+    passwords = Passwords(hasher, threads=2, queue_max=8, nice=nice, jobs=jobs)
+    try:
+        stored = await passwords.hash(PASSWORD)
+        await asyncio.gather(*(passwords.verify(stored, PASSWORD) for _ in range(8)))
+    finally:
+        passwords.close()
+    assert hasher.nices == {nice}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+    assert auth.settings.auth_argon2_threads == max(1, len(os.sched_getaffinity(0)) - 1)

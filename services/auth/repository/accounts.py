@@ -130,11 +130,6 @@ class AccountRepository:
     async def set_status(self, user_id: UUID, status: UserStatus, now: datetime) -> None:
         await self._session.execute(update(UserRow).where(UserRow.id == user_id).values(status=status, updated_at=now))
 
-    async def holds_password_hash(self, user_id: UUID, password_hash: str) -> bool:
-        """Whether a user is active and a hash still theirs; neither changes until the transaction ends."""
-        statement = select(UserRow.id).where(*_unchanged(user_id, password_hash)).with_for_update(read=True)
-        return (await self._session.execute(statement)).scalar() is not None
-
     async def set_password_hash(self, user_id: UUID, new: str, now: datetime) -> None:
         """Set a hash, whatever it was. For who proved otherwise that they may."""
         await self._session.execute(

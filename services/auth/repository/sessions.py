@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from ipaddress import ip_address
 from uuid import UUID
 
 from sqlalchemy import Update, delete, insert, select, update
@@ -28,21 +27,6 @@ class SessionRepository:
 
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
-
-    async def add(self, session: Session) -> None:
-        await self._session.execute(
-            insert(SessionRow).values(
-                id=session.id,
-                user_id=session.user_id,
-                org_id=session.org_id,
-                created_at=session.created_at,
-                last_used_at=session.last_used_at,
-                expires_at=session.expires_at,
-                user_agent=session.user_agent,
-                address=ip_address(session.address) if session.address else None,
-                browser=session.browser,
-            )
-        )
 
     async def add_token(self, session_id: UUID, digest: str, *, now: datetime, expires_at: datetime) -> None:
         await self._session.execute(

@@ -14,12 +14,12 @@ from services.auth.service import Services
 from shared.web import AnyCaller, Caller
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
 
 
-def origin(request: Request, identity: AnyCaller) -> Origin:
+async def origin(request: Request, identity: AnyCaller) -> Origin:
     """Address as the gateway saw it, in the signed header or beside it."""
     offered = identity.address or request.headers.get("x-forwarded-for", "").split(",")[0].strip()
     agent = request.headers.get("user-agent", "")

@@ -21,7 +21,7 @@ def cursor_of(row_id: UUID | None) -> str | None:
     return None if row_id is None else base64.urlsafe_b64encode(row_id.bytes).rstrip(b"=").decode()
 
 
-def parse_cursor(
+async def parse_cursor(
     cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")] = None,
 ) -> UUID | None:
     """The row that a page begins after. Raises InvalidRequest for what is no cursor of ours."""

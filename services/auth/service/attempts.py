@@ -16,22 +16,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from ipaddress import IPv6Address, ip_address, ip_network
-
-from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import AttemptCount
 from services.auth.errors import SignInBlocked
 from services.auth.repository.attempts import AttemptRepository
+from services.auth.repository.sign_in import SignInDatabase
 from shared.clock import Clock
-from shared.database import AsyncSession
 
 IPV6_SITE_BITS = 64  # one customer's line; its addresses are free to choose
 DOUBLINGS_MAX = 30
+KNOWN_BLOCK_S = 1.0
+KNOWN_BLOCKS_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,12 @@ class Attempt:
 
 
 class Attempts:
-    def __init__(
-        self, sessions: async_sessionmaker[AsyncSession], secret_key: bytes, clock: Clock, limits: AttemptLimits
-    ) -> None:
-        self._sessions = sessions
+    def __init__(self, database: SignInDatabase, secret_key: bytes, clock: Clock, limits: AttemptLimits) -> None:
+        self._database = database
         self._digest_key = hmac.digest(secret_key, b"tollgate sign-in attempts", hashlib.sha256)
         self._clock = clock
         self._limits = limits
+        self._known_blocks = _KnownBlocks()
 
     @asynccontextmanager
     async def of(self, login: str, address: str | None) -> AsyncIterator[Attempt]:
@@ -95,20 +95,23 @@ class Attempts:
         """Delete one batch of counts that are forgotten; whether there may be more."""
         batch_max = self._limits.prune_batch_max
         before = self._clock.now() - timedelta(seconds=self._limits.memory_s + self._limits.backoff_max_s)
-        async with self._sessions.begin() as session:
-            return await AttemptRepository(session).prune(before, batch_max) == batch_max
+        async with self._database.connection() as connection:
+            return await AttemptRepository(connection).prune(before, batch_max) == batch_max
 
     async def _begin(self, login: str, address: str | None) -> Attempt:
         name, site, now = login.casefold(), _site(address), self._clock.now()
         attempt = Attempt(
             self._subject("name", name), self._subject("address", site), self._subject("pair", name, site)
         )
-        async with self._sessions.begin() as session:
-            repository = AttemptRepository(session)
-            counts = await repository.lock((attempt.name, attempt.address, attempt.pair), now)
-            blocked_s = max(_blocked_s(count, now) for count in counts.values())
-            if blocked_s > 0:  # nothing of this transaction stays
-                raise SignInBlocked(retry_after_s=blocked_s)
+        subjects = (attempt.name, attempt.address, attempt.pair)
+        if (blocked_s := self._known_blocks.longest_s(subjects, now)) > 0:
+            raise SignInBlocked(retry_after_s=blocked_s)
+        async with self._database.connection() as connection, connection.transaction():
+            repository = AttemptRepository(connection)
+            counts = await repository.lock(subjects, now)
+            if any(_blocked_s(count, now) > 0 for count in counts.values()):  # nothing of this transaction stays
+                self._known_blocks.remember(counts)
+                raise SignInBlocked(retry_after_s=max(_blocked_s(count, now) for count in counts.values()))
             name_count = self._counted(counts[attempt.name], now, free=None)
             under_attack = name_count.failures > self._limits.name_free
             pair_free = 1 if under_attack else self._limits.pair_free
@@ -123,22 +126,9 @@ class Attempts:
         return attempt
 
     async def _take_back(self, attempt: Attempt) -> None:
-        now = self._clock.now()
-        async with self._sessions.begin() as session:
-            repository = AttemptRepository(session)
-            counts = await repository.lock((attempt.name, attempt.address, attempt.pair), now)
-            # A block that another failure made in the meantime stays.
-            less = {
-                subject: replace(
-                    count,
-                    failures=count.failures - 1,
-                    blocked_until=None if count.blocked_until == attempt.blocks[subject] else count.blocked_until,
-                )
-                for subject, count in counts.items()
-            }
-            over = [s for s, count in less.items() if count.failures <= 0 or (attempt.right and s == attempt.pair)]
-            await repository.remove(over)
-            await repository.put({subject: count for subject, count in less.items() if subject not in over})
+        async with self._database.connection() as connection:
+            forgotten = (attempt.pair,) if attempt.right else ()
+            await AttemptRepository(connection).take_back(attempt.blocks, forgotten)
 
     def _counted(self, count: AttemptCount, now: datetime, *, free: int | None) -> AttemptCount:
         """The count with one failure more, blocked from the `free`th on; `free` None never blocks."""
@@ -152,6 +142,27 @@ class Attempts:
     def _subject(self, kind: str, *parts: str) -> str:
         text = "\0".join((kind, *parts)).encode()
         return hmac.new(self._digest_key, text, hashlib.sha256).hexdigest()
+
+
+class _KnownBlocks:
+    """Blocks that PostgreSQL told of a moment ago, so that whoever goes on all the same costs it nothing more. Only for
+    a moment: a sign-in that is under way may turn out right, and lift the block that it made.
+    """
+
+    def __init__(self) -> None:
+        self._untils: dict[str, tuple[datetime, float]] = {}
+
+    def remember(self, counts: Mapping[str, AttemptCount]) -> None:
+        if len(self._untils) + len(counts) > KNOWN_BLOCKS_MAX:
+            self._untils.clear()
+        forget_at = time.monotonic() + KNOWN_BLOCK_S
+        self._untils |= {s: (c.blocked_until, forget_at) for s, c in counts.items() if c.blocked_until is not None}
+
+    def longest_s(self, subjects: Iterable[str], now: datetime) -> float:
+        """How many seconds one of them is blocked yet, at least; 0 where PostgreSQL must be asked."""
+        known = [self._untils[subject] for subject in subjects if subject in self._untils]
+        moment = time.monotonic()
+        return max(((until - now).total_seconds() for until, forget_at in known if moment < forget_at), default=0)
 
 
 def _blocked_s(count: AttemptCount, now: datetime) -> float:

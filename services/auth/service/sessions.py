@@ -18,6 +18,7 @@ from services.auth.errors import InvalidCredentials, InvalidRefreshToken, Passwo
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository, StoredToken
+from services.auth.repository.sign_in import SignInDatabase
 from services.auth.service import tokens as refresh_tokens
 from services.auth.service.attempts import Attempt, Attempts
 from services.auth.service.outbox import Outbox
@@ -56,7 +57,7 @@ class Sessions:
     def __init__(
         self,
         sessions: async_sessionmaker[AsyncSession],
-        sign_ins: async_sessionmaker[AsyncSession],
+        sign_ins: SignInDatabase,
         passwords: Passwords,
         attempts: Attempts,
         tokens: Tokens,
@@ -100,8 +101,7 @@ class Sessions:
 
     async def _login(self, login: str, password: str, origin: Origin, attempt: Attempt) -> tuple[Account, str | None]:
         """The account whose password it is, and its new hash where the old one is outdated."""
-        async with self._sign_ins() as session:
-            account = await AccountRepository(session).find_by_login(login)
+        account = await self._sign_ins.find(login)
         try:
             verdict = await self._passwords.verify(account.password_hash if account else None, password)
             if account is None or not verdict.correct or account.status is not UserStatus.ACTIVE:
@@ -128,17 +128,21 @@ class Sessions:
             address=origin.address,
             browser=browser,
         )
-        async with self._sign_ins.begin() as session:
-            if not await _confirm(AccountRepository(session), account, new_hash, now):
-                raise InvalidCredentials(detail="password or status changed meanwhile")
-            repository = SessionRepository(session)
-            live = await repository.live(account.user_id, now)
-            crowded_out = [old.id for old in live[self._limits.per_user_max - 1 :]]
-            events = await repository.revoke(crowded_out, now, "too_many_sessions")
-            await repository.add(opened)
-            pair = await self._issue(repository, account, opened, now)
-        await self._outbox.deliver(events)
+        pair, digest, expires_at = self._pair(account, opened, now)
+        others = await self._sign_ins.open(account, new_hash, opened, digest, expires_at)
+        if others is None:
+            raise InvalidCredentials(detail="password or status changed meanwhile")
+        if others >= self._limits.per_user_max:
+            await self._end_crowded_out(account.user_id, now)
         return pair
+
+    async def _end_crowded_out(self, user_id: UUID, now: datetime) -> None:
+        async with self._sessions.begin() as session:
+            repository = SessionRepository(session)
+            live = await repository.live(user_id, now)
+            crowded_out = [old.id for old in live[self._limits.per_user_max :]]
+            events = await repository.revoke(crowded_out, now, "too_many_sessions")
+        await self._outbox.deliver(events)
 
     async def refresh(self, refresh_token: str, csrf_token: str = "") -> TokenPair:
         """New tokens for a refresh token, which is used up.
@@ -206,16 +210,22 @@ class Sessions:
     async def _issue(
         self, repository: SessionRepository, account: Account, session: Session, now: datetime
     ) -> TokenPair:
+        pair, digest, expires_at = self._pair(account, session, now)
+        await repository.add_token(session.id, digest, now=now, expires_at=expires_at)
+        return pair
+
+    def _pair(self, account: Account, session: Session, now: datetime) -> tuple[TokenPair, str, datetime]:
+        """New tokens, with the refresh token's digest and end, under which it must be stored."""
         refresh_token = refresh_tokens.new_refresh_token()
         expires_at = min(now + timedelta(seconds=self._limits.refresh_ttl_s), session.expires_at)
-        await repository.add_token(session.id, refresh_tokens.digest(refresh_token), now=now, expires_at=expires_at)
-        return TokenPair(
+        pair = TokenPair(
             access_token=self._tokens.access(account, session),
             refresh_token=refresh_token,
             expires_in_s=self._tokens.access_ttl_s,
             refresh_expires_in_s=int((expires_at - now).total_seconds()),
             csrf_token=self._tokens.csrf_token(session) if session.browser else "",
         )
+        return pair, refresh_tokens.digest(refresh_token), expires_at
 
     async def _end_stolen(self, session: AsyncSession, stored: StoredToken, now: datetime) -> Sequence[SessionEvent]:
         if stored.session.revoked_at is not None:
@@ -243,17 +253,7 @@ class Sessions:
             origin=origin,
             details={"reason": reason, **({"blocked_s": attempt.blocked_s} if attempt.blocked_s else {})},
         )
-        async with self._sign_ins.begin() as session:
-            await audit.append(session, entry, self._clock.now())
-
-
-async def _confirm(accounts: AccountRepository, account: Account, new_hash: str | None, now: datetime) -> bool:
-    """Whether what was verified still holds, with the hash renewed: a password that was changed while it was looked
-    at opens nothing, and is not written back.
-    """
-    if new_hash is None:
-        return await accounts.holds_password_hash(account.user_id, account.password_hash)
-    return await accounts.replace_password_hash(account.user_id, account.password_hash, new_hash, now)
+        await self._sign_ins.record(entry, self._clock.now())
 
 
 def _is_live(session: Session, now: datetime) -> bool:

@@ -130,13 +130,7 @@ async def compose(
     await signing_keys.load()
     tokens = Tokens(signing_keys, settings.secret_key, clock, access_ttl_s=settings.auth_access_token_ttl_s)
 
-    sign_ins = await stack.enter_async_context(
-        SignInDatabase(
-            settings.auth_database_url.get_secret_value(),
-            connections_max=settings.auth_sign_in_database_pool_size,
-            wait_s=settings.auth_sign_in_database_wait_s,
-        )
-    )
+    sign_ins = await stack.enter_async_context(_sign_ins(settings))
     attempts = _attempts(settings, sign_ins, clock)
     accounts = Accounts(sessions_of, passwords, attempts, outbox, clock)
     peppers = Peppers(settings.api_key_peppers.get_secret_value())
@@ -175,6 +169,14 @@ async def compose(
             batch_max=settings.auth_key_usage_batch_max,
             keep_days=settings.auth_key_usage_days,
         ),
+    )
+
+
+def _sign_ins(settings: AuthSettings) -> SignInDatabase:
+    return SignInDatabase(
+        settings.auth_database_url.get_secret_value(),
+        connections_max=settings.auth_sign_in_database_pool_size,
+        wait_s=settings.auth_sign_in_database_wait_s,
     )
 
 

@@ -12,9 +12,13 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+from services.billing.ledger import wire
+from services.billing.ledger.operations import Charge, Freeze, Operation, Refund
+from services.billing.ledger.results import Charged, Refunded, Result
 from shared.errors import TollgateError
 from shared.grpc import Caller
 from shared.ids import uuid7
@@ -27,6 +31,7 @@ from tests.billing.victims import PATIENCE_S, Victims, eventually
 WORKERS = 16
 RICH, POOR = 10**12, 400
 CALL_TIMEOUT_S = 3.0
+REFUSALS = ("insufficient_quota", "credits_reserved", "wallet_frozen")
 
 
 @dataclass(slots=True)
@@ -39,7 +44,7 @@ class Expected:
 
 @dataclass(slots=True)
 class Customers:
-    """Workers that hold, report, settle, void and abandon; and what must have come of it."""
+    """Workers that hold, report, settle, void, abandon, charge and refund; and what must have come of it."""
 
     stubs: Sequence[LedgerStub]
     callers: Sequence[Caller]
@@ -52,32 +57,71 @@ class Customers:
     async def worker(self, seed: int) -> None:
         rng = random.Random(seed)
         while not self.stopping.is_set():
-            org_id, tokens = rng.choice(self.wallets), rng.randint(1, 50)
-            hold_id = str(uuid7())
-            request = pb.HoldRequest(
-                hold_id=hold_id,
-                org_id=str(org_id),
-                user_id=str(uuid4()),
-                plan="default",
-                model=MODEL,
-                worst_case=pb.Usage(output_tokens=tokens),
-                ttl_ms=rng.choice((1_000, 3_000, 8_000)),
-                request_id="req_torture",
-            )
+            org_id = rng.choice(self.wallets)
+            act = self._charge if rng.random() < 0.2 else self._request
             try:
-                await self.until_answered(rng, "Hold", request)
+                low, high = await act(rng, org_id)
             except TollgateError as e:
-                if e.code not in ("insufficient_quota", "credits_reserved"):
+                if e.code not in REFUSALS:
                     raise
                 self.refused += 1
                 continue
-            if rng.random() < 0.2:
-                await self._extend(rng, hold_id, str(org_id), tokens)
-            low, high = await self._finish(rng, hold_id, str(org_id), tokens)
             expected = self.expected.setdefault(org_id, Expected())
             expected.low += low
             expected.high += high
             self.done += 1
+
+    async def _request(self, rng: random.Random, org_id: UUID) -> tuple[int, int]:
+        hold_id, tokens = str(uuid7()), rng.randint(1, 50)
+        request = pb.HoldRequest(
+            hold_id=hold_id,
+            org_id=str(org_id),
+            user_id=str(uuid4()),
+            plan="default",
+            model=MODEL,
+            worst_case=pb.Usage(output_tokens=tokens),
+            ttl_ms=rng.choice((1_000, 3_000, 8_000)),
+            request_id="req_torture",
+        )
+        await self.until_answered(rng, "Hold", request)
+        if rng.random() < 0.2:
+            await self._extend(rng, hold_id, str(org_id), tokens)
+        return await self._finish(rng, hold_id, str(org_id), tokens)
+
+    async def _charge(self, rng: random.Random, org_id: UUID) -> tuple[int, int]:
+        """What people do: a charge, its refund, new credits, a freeze for a moment. What it cost in the end."""
+
+        def authored() -> tuple[UUID, UUID, str, str]:
+            return org_id, org_id, f"key:{uuid4()}", "user:torture"
+
+        amount = rng.randint(1, 50)
+        charged = await self.decided(rng, Charge(*authored(), uuid7(), amount, "test"))
+        assert isinstance(charged, Charged)
+        if rng.random() < 0.5:
+            part = rng.choice((None, rng.randint(1, amount)))
+            refunded = await self.decided(rng, Refund(*authored(), charged.charge_id, uuid7(), part, "test"))
+            assert isinstance(refunded, Refunded)
+            assert refunded.amount == (part or amount)
+            amount -= refunded.amount
+        if rng.random() < 0.2:
+            soon = rng.choice((None, datetime.now(UTC) + timedelta(seconds=20)))
+            try:
+                await self.decided(rng, grant(org_id, rng.randint(1, 50), expires_at=soon))
+            except TollgateError as e:
+                if e.code != "expiry_in_past":
+                    raise
+        if rng.random() < 0.1:
+            for frozen in (True, False):
+                await self.decided(rng, Freeze(*authored(), frozen, "test"))
+        return amount, amount
+
+    async def decided(self, rng: random.Random, operation: Operation) -> Result:
+        """As one process sends it to another, and now and then twice at once."""
+        request = pb.ForwardRequest(operation=wire.operation_to_bytes(operation))
+        copies = rng.choice((1, 1, 2))
+        replies = await asyncio.gather(*(self.until_answered(rng, "Forward", request) for _ in range(copies)))
+        assert all(reply == replies[0] for reply in replies)
+        return wire.result_from_bytes(operation, replies[0].result)
 
     async def _extend(self, rng: random.Random, hold_id: str, org_id: str, tokens: int) -> None:
         more = pb.ExtendRequest(hold_id=hold_id, org_id=org_id, number=1, output_tokens=tokens + rng.randint(0, 50))
@@ -85,7 +129,7 @@ class Customers:
             covered = (await self.until_answered(rng, "Extend", more)).output_tokens
             assert tokens <= covered <= more.output_tokens
         except TollgateError as e:
-            if e.code not in ("insufficient_quota", "credits_reserved", "hold_resolved"):
+            if e.code not in (*REFUSALS, "hold_resolved"):
                 raise
 
     async def _finish(self, rng: random.Random, hold_id: str, org_id: str, tokens: int) -> tuple[int, int]:
@@ -171,3 +215,4 @@ async def check(victims: Victims, customers: Customers) -> None:
             spent = (await ledger.wallet(org_id)).spent
             assert expected.low <= spent <= expected.high, (org_id, spent, expected)
         assert await ledger.pool.fetchval("SELECT count(*) FROM billing.discrepancy") == 0
+        assert await ledger.pool.fetchval("SELECT count(*) FROM billing.wallet WHERE frozen_at IS NOT NULL") == 0

@@ -111,27 +111,32 @@ class Victims:
     async def die_at(self, name: Failpoint, number: int, times: int) -> None:
         """Replace a process by one that kills itself at a failpoint; wait for that, and for a new one."""
         self.kill(number, "billing")
+        await self._forget_leader(number)
         self._start(number, ("tests.billing.failing_service", name, str(times)))
         process = self._processes[number]
-        if name == "shard_released":  # a term ends with its connection
-            await eventually(partial(listens, self._ports[number][1]), "billing's start")
-            await self._has_shards(number)
-            self.kill(number, "postgres")
 
         async def died() -> bool:
             return process.poll() is not None
 
+        async def led_or_died() -> bool:
+            return await died() or await self._leads(number)
+
+        if name == "shard_released":  # a term ends with its connection, or at once when another was first
+            await eventually(led_or_died, "leadership of a shard")
+            if not await died():
+                self.kill(number, "postgres")
         await eventually(died, f"{name} for the {times}. time")
         assert process.poll() == -signal.SIGKILL
         await self.recovered()
 
-    async def _has_shards(self, number: int) -> None:
-        async def leads() -> bool:
-            leaders = "SELECT count(*) FROM billing.shard WHERE leader = "
-            sql = f"{leaders}'{self.addresses[number]}'"
-            return int(await asyncio.to_thread(self.stack.postgres.execute, sql, database="tollgate")) > 0
+    async def _forget_leader(self, number: int) -> None:
+        """The one that is dead now had the same address."""
+        sql = f"UPDATE billing.shard SET leader = '' WHERE leader = '{self.addresses[number]}'"
+        await asyncio.to_thread(self.stack.postgres.execute, sql, database="tollgate")
 
-        await eventually(leads, "leadership of a shard")
+    async def _leads(self, number: int) -> bool:
+        sql = f"SELECT count(*) FROM billing.shard WHERE leader = '{self.addresses[number]}'"
+        return int(await asyncio.to_thread(self.stack.postgres.execute, sql, database="tollgate")) > 0
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:

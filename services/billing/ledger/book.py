@@ -126,7 +126,10 @@ class Hold:
 
 @dataclass(slots=True)
 class Spending:
-    """What a key or a member with budgets has spent, by the calendar (UTC), and holds at present."""
+    """What a key or a member with budgets has spent, by the calendar (UTC), and holds at present.
+
+    Its day never goes back: a clock that is set back over midnight gives nobody a day's budget twice.
+    """
 
     limits: dict[Period, int]
     today: date
@@ -146,7 +149,7 @@ class Spending:
         self.month += cost
 
     def _turn(self, today: date) -> None:
-        if today == self.today:
+        if today <= self.today:
             return
         if (today.year, today.month) != (self.today.year, self.today.month):
             self.month = 0

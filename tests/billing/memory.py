@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections import Counter
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from services.billing.domain import DEFAULT_CLASS, Price, PriceTerms
 from services.billing.errors import IdempotencyMismatch
 from services.billing.ledger import kernel
 from services.billing.ledger.batch import Ids
-from services.billing.ledger.book import Account, Book, Journal
-from services.billing.ledger.operations import Operation
+from services.billing.ledger.book import Account, Book, Draw, Journal, Period, Spending, Subject
+from services.billing.ledger.operations import Operation, Refund
 from services.billing.ledger.results import Result
-from services.billing.ledger.rows import Rows
+from services.billing.ledger.rows import Rows, Transfer
 from shared.errors import TollgateError
 from shared.ids import uuid7
 
@@ -23,10 +24,13 @@ class MemoryLedger:
     """One wallet, one price; every row that was ever written."""
 
     def __init__(self, wallet_id: UUID, terms: PriceTerms, now: datetime) -> None:
-        self.prices = {(MODEL, DEFAULT_CLASS): [Price(uuid7(), MODEL, DEFAULT_CLASS, terms, now)]}
+        published = now - timedelta(days=1_000)  # the clock may be set back
+        self.prices = {(MODEL, DEFAULT_CLASS): [Price(uuid7(), MODEL, DEFAULT_CLASS, terms, published)]}
         self.book = Book(wallet_id)
         self.book.open(self.journal(now))
         self.written: list[Rows] = []
+        self.transfers: list[Transfer] = []
+        self.moved: Counter[str] = Counter()
         self.memory: dict[str, tuple[bytes, Result | TollgateError]] = {}
 
     def journal(self, now: datetime) -> Journal:
@@ -44,6 +48,8 @@ class MemoryLedger:
                     raise outcome
                 return outcome
         batch = journal or self.journal(now)
+        if isinstance(operation, Refund):
+            self.book.draws[operation.source_id] = self._draws(operation.source_id)
         key = operation.keys[int(kernel.is_late(self.book, operation))]
         try:
             result = kernel.decide(batch, self.book, operation)
@@ -52,8 +58,45 @@ class MemoryLedger:
             raise
         self.memory[key] = (operation.body_sha256(), result)
         if journal is None:
-            self.written.append(batch.rows)
+            self.wrote(batch.rows)
         return result
+
+    def wrote(self, rows: Rows) -> None:
+        """What a batch came to, of which others may have a part."""
+        mine = [transfer for transfer in rows.transfers if transfer.wallet_id == self.book.wallet_id]
+        last = self.transfers[-1] if self.transfers else None
+        for transfer in mine:
+            assert transfer.wallet_seq == (last.wallet_seq if last else 0) + 1, "numbered without a gap"
+            assert last is None or transfer.booked_at >= last.booked_at, "in order of time, even of a clock set back"
+            self.moved[transfer.code] += transfer.amount
+            last = transfer
+        self.transfers += mine
+        self.moved["used"] += sum(usage.cost for usage in rows.usages if usage.wallet_id == self.book.wallet_id)
+        for rollup, sums in rows.rollups.items():
+            self.moved["rolled up"] += sums[-1] if rollup.wallet_id == self.book.wallet_id else 0
+        self.written.append(rows)
+
+    def _draws(self, source_id: UUID) -> list[Draw]:
+        """As the writer loads them."""
+        transfers = [t for t in self.transfers if t.hold_id == source_id]
+        return [Draw(t.credit_account if t.code == "refund" else t.debit_account, t.amount, t.code) for t in transfers]
+
+    def set_budget(self, subject: Subject, who: UUID, limits: dict[Period, int], now: datetime) -> None:
+        """As somebody else does, which makes the writer load the book anew."""
+        today = now.date()
+        spending = Spending(limits, today)
+        for rows in self.written:
+            for rollup, sums in rows.rollups.items():
+                same_month = (rollup.day.year, rollup.day.month) == (today.year, today.month)
+                if who in (rollup.key_id, rollup.user_id) and same_month and rollup.day <= today:
+                    spending.month += sums[-1]
+                    spending.day += sums[-1] if rollup.day == today else 0
+        spending.held = sum(
+            hold.amount
+            for hold in self.book.holds.values()
+            if hold.resolution is None and who in (hold.row.key_id, hold.row.user_id)
+        )
+        self.book.spending[subject, who] = spending
 
     @property
     def accounts(self) -> list[Account]:
@@ -77,10 +120,9 @@ class MemoryLedger:
         held = sum(h.amount for h in book.holds.values() if h.resolution is None)
         assert sum(a.debits_pending for a in accounts) == held
         assert book.balance == sum(a.left for a in accounts if a.limited)
-        charged = sum(usage.cost for rows in self.written for usage in rows.usages)
-        charged += sum(t.amount for rows in self.written for t in rows.transfers if t.code == "charge")
-        assert book.accounts["revenue"].credits_posted == charged
-        assert charged == sum(sums[-1] for rows in self.written for sums in rows.rollups.values()) + sum(
-            t.amount for rows in self.written for t in rows.transfers if t.code == "charge"
-        )
+        moved, revenue = self.moved, book.accounts["revenue"]
+        assert moved["used"] == moved["rolled up"]
+        assert revenue.credits_posted == moved["used"] + moved["charge"]
+        assert revenue.debits_posted == moved["refund"]
         assert book.owed >= 0
+        assert len(self.transfers) == book.seq

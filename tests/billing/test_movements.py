@@ -13,7 +13,7 @@ from services.billing.ledger.operations import Charge, Refund
 from services.billing.ledger.results import Charged, Held, Refunded
 from shared.ids import uuid7
 from tests.billing.memory import MemoryLedger
-from tests.billing.test_kernel import START, WALLET, grant, hold, pair, settle
+from tests.billing.side_by_side import START, WALLET, grant, hold, pair, settle
 
 
 def taken_by(ledger: MemoryLedger, source_id: UUID) -> list[Draw]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-from datetime import timedelta
-from uuid import UUID
 
 import pytest
 
-from tests.billing.test_kernel import pair, random_operation
+from tests.billing.side_by_side import pair, random_step
 
 OPERATIONS = 1_000_000
 OPERATIONS_A_WALLET = 200
-RECENT_HOLDS = 25
 
 
 @pytest.mark.torture
@@ -21,11 +18,8 @@ def test_a_million_operations_do_what_a_naive_model_does() -> None:
     rng, applied = random.Random(1_000_003), 0
     while applied < OPERATIONS:
         state = pair()
-        holds: list[UUID] = []
         for _ in range(OPERATIONS_A_WALLET):
-            state.now += timedelta(milliseconds=rng.choice((0, 5, 500, 9_000)))
-            operation = random_operation(rng, state, holds)
-            del holds[:-RECENT_HOLDS]
-            if not any(key in state.ledger.memory for key in operation.keys):
+            operation = random_step(rng, state)
+            if operation is not None:
                 state.both(operation)
                 applied += 1

@@ -77,11 +77,24 @@ class TritonClient:
         raise engine_failed("no answer to a count")
 
     def chat(
-        self, build: Build, request: ChatRequest, *, max_tokens: int, tenant: str, lost: Lost, choice: int = 0
+        self,
+        build: Build,
+        request: ChatRequest,
+        *,
+        max_tokens: int,
+        tenant: str,
+        lost: Lost,
+        choice: int = 0,
+        one_by_one: bool = False,
     ) -> Generation:
-        """Start generating at most `max_tokens`. Use the result as an async context manager and iterator."""
+        """Start generating at most `max_tokens`. Use the result as an async context manager and iterator.
+
+        `one_by_one` has each token come in a chunk of its own, for who may stop after any of them.
+        """
         limits = self._limits
         parameters: dict[str, int | str] = {"tg_tenant": tenant, "tg_priority": int(request.priority)}
+        if one_by_one:
+            parameters["tg_one_by_one"] = 1
         call = self._open(build, _body(request, max_tokens, choice), limits.generation_timeout_s, parameters)
         return Generation(_Call(call, limits.first_chunk_timeout_s, limits.chunk_timeout_s, lost))
 

@@ -149,6 +149,11 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
             hold_id=request.hold_id, amount_nano=tokens + request.worst_case.input_tokens, output_tokens=tokens
         )
 
+    async def Extend(self, request: Any, _: Any) -> Any:
+        if self.covered is not None:
+            raise PaymentRequired()
+        return billing_pb2.ExtendReply(hold_id=request.hold_id, output_tokens=request.output_tokens)
+
     async def Settle(self, request: Any, _: Any) -> Any:
         if self.outage is not None:
             raise self.outage
@@ -180,9 +185,8 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
 
     async def _operate(self, operation: Any, answers: asyncio.Queue[Any]) -> None:
         name = operation.WhichOneof("request")
-        method = {"hold": self.Hold, "settle": self.Settle, "void": self.Void, "heartbeat": self.Heartbeat}[name]
         try:
-            made = {name: await method(getattr(operation, name), None)}
+            made = {name: await getattr(self, name.capitalize())(getattr(operation, name), None)}
         except TollgateError as e:
             made = {"error": to_metadata(e)}
         answers.put_nowait(billing_pb2.Answer(id=operation.id, **made))

@@ -126,7 +126,7 @@ async def test_without_a_limit_of_its_own_a_request_gets_what_the_wallet_covers(
     await chat.complete()
     [hold] = chat.ledger.holds
     assert (hold.worst_case.input_tokens, hold.worst_case.output_tokens, hold.clamp) == (7, 40, True)
-    assert chat.engine.generated[0]["max_tokens"] == 5
+    assert (chat.engine.generated[0]["max_tokens"], chat.engine.parameters[-1]["tg_one_by_one"]) == (40, 1)
 
 
 async def test_what_the_context_cannot_hold_is_refused_without_a_hold(chat: Chat) -> None:
@@ -157,7 +157,8 @@ async def test_billing_away_is_a_503_that_may_be_retried(chat: Chat) -> None:
     assert answer.headers["retry-after"] == "1"
 
 
-async def test_the_answer_is_complete_when_billing_is_away_at_its_end(chat: Chat) -> None:
+async def test_the_answer_is_complete_when_billing_is_away_at_its_end(hasty: Chat) -> None:
+    chat = hasty
     chat.ledger.outage = Unavailable()
     body = (await chat.complete()).json()
     assert body["choices"][0]["message"]["content"] == "one two three"

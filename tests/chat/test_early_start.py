@@ -44,10 +44,10 @@ async def test_a_refused_hold_stops_the_engine(ample: Chat) -> None:
     await asyncio.wait_for(ample.engine.stopped.wait(), 5)
 
 
-async def test_a_hold_that_covers_less_begins_anew_with_less(ample: Chat) -> None:
+async def test_a_hold_that_covers_less_begins_anew_token_by_token(ample: Chat) -> None:
     ample.ledger.covered = 5
     assert (await ample.complete()).status_code == 200
-    assert [r["max_tokens"] for r in ample.engine.generated] == [40, 5]
+    assert [p.get("tg_one_by_one") for p in ample.engine.parameters if "tg_tenant" in p] == [None, 1]
 
 
 async def test_a_client_that_leaves_during_the_hold_stops_the_engine(ample: Chat) -> None:

@@ -30,6 +30,7 @@ from services.chat.errors import (
     no_chat,
     too_busy,
 )
+from services.chat.service.allowance import Allowance
 from services.chat.service.events import Delta, Event, Finished, Receipt, Settled, Started
 from services.chat.service.generation import Total, merged
 from services.chat.service.terms import Terms, Treasury
@@ -42,7 +43,6 @@ from shared.telemetry import ChatMetrics, get_logger
 
 log = get_logger(__name__)
 
-CREDITS = "credits"
 CHAT = "chat"  # a kind of model
 
 
@@ -55,7 +55,7 @@ class _Early:
 
     def within(self, terms: Terms) -> _Early | None:
         """Itself, when it is what was agreed; otherwise it is stopped."""
-        if terms.output_tokens == self.max_tokens:
+        if terms.output_tokens == self.max_tokens and not terms.is_clamped:
             return self
         self.cancel()
         return None
@@ -72,6 +72,7 @@ class _Round:
     request: ChatRequest
     caller: Identity
     terms: Terms
+    allowance: Allowance
     watch: Watch
     answers: list[Answer]
     total: Total
@@ -147,7 +148,9 @@ class ChatService:
                 terms = await self._treasury.terms(stack, request, caller, build, lost=lost)
                 early = early.within(terms) if early is not None else None
                 answers = [answer(request) for _ in range(request.n)]
-                work = _Round(request, caller, terms, watch, answers, Total(request.n), early)
+                allowance = Allowance(terms.hold, request.n * terms.output_tokens)
+                stack.callback(allowance.close)
+                work = _Round(request, caller, terms, allowance, watch, answers, Total(request.n), early)
                 async with aclosing(self._generate(work, chain)) as events:
                     async for event in events:
                         yield event
@@ -181,16 +184,22 @@ class ChatService:
         generations = (
             early.generations
             if early is not None
-            else self._open(build, request, work.caller, work.terms.output_tokens)
+            else self._open(build, request, work.caller, work.terms.output_tokens, one_by_one=work.terms.is_clamped)
         )
         async with aclosing(merged(generations)) as pieces:
             async for index, chunk in pieces:
-                usage = work.total.add(index, chunk.usage)
-                work.terms.hold.record(usage)
-                work.watch.see(usage)
+                usage, allowance = work.total.add(index, chunk.usage), work.allowance
+                is_covered = usage.output_tokens < allowance.mark or await allowance.admits(usage.output_tokens)
+                if is_covered:
+                    work.terms.hold.record(usage)
+                    work.watch.see(usage)
                 if not work.began:
                     work.began = True
                     yield Started(build.name, request.priority.tier, work.terms.headers)
+                if not is_covered:
+                    for event in _cut_short(work):
+                        yield event
+                    return
                 logprobs = chunk.logprobs
                 for fields in work.answers[index].take(chunk.delta):
                     yield Delta(index, fields, logprobs)
@@ -204,11 +213,15 @@ class ChatService:
         if len(work.reasons) < request.n:
             raise engine_failed("the stream ended without a finish_reason")
 
-    def _open(self, build: Build, request: ChatRequest, caller: Identity, max_tokens: int) -> list[Generation]:
+    def _open(
+        self, build: Build, request: ChatRequest, caller: Identity, max_tokens: int, *, one_by_one: bool = False
+    ) -> list[Generation]:
         """Start every choice."""
         lost, tenant = self._loss_of(build), caller.org_id
         return [
-            self._triton.chat(build, request, max_tokens=max_tokens, tenant=tenant, lost=lost, choice=i)
+            self._triton.chat(
+                build, request, max_tokens=max_tokens, tenant=tenant, lost=lost, choice=i, one_by_one=one_by_one
+            )
             for i in range(request.n)
         ]
 
@@ -273,7 +286,7 @@ class ChatService:
             build=build,
             held_nano=hold.amount_nano,
             settled_nano=settled.settled_nano if settled is not None else None,
-            limited_by=CREDITS if work.watch.outcome == LENGTH and work.terms.is_clamped else None,
+            limited_by=work.allowance.limited_by,
             available_nano=settled.available_nano if settled is not None else None,
         )
 
@@ -289,6 +302,17 @@ class ChatService:
         finally:
             self._generations -= count
             self._metrics.streams.set(self._generations)
+
+
+def _cut_short(work: _Round) -> Iterator[Event]:
+    """The ends of the choices that are not at theirs."""
+    for index, choice in enumerate(work.answers):
+        if index not in work.reasons:
+            reason, rest = choice.end(LENGTH)
+            for fields in rest:
+                yield Delta(index, fields)
+            work.reasons[index] = reason
+            yield Finished(index, reason)
 
 
 def _may_use(caller: Identity, alias: str) -> bool:

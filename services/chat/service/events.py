@@ -39,8 +39,9 @@ class Finished:
 class Receipt:
     """What a request cost. `settled_nano` None: the ledger has not answered yet; it settles later.
 
-    `limited_by` says what ended an answer with `length` where the client set no limit: `credits`. `cached`: the answer
-    came from the response cache. `available_nano` is what the wallet has left, where the ledger has said.
+    `limited_by` says what ended an answer with `length` before its own limit: `credits`, `budget`, `frozen` (the
+    wallet) or `billing` (which could not be asked for more). `cached`: the answer came from the response cache.
+    `available_nano` is what the wallet has left, where the ledger has said.
     """
 
     hold_id: str

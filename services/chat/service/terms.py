@@ -26,7 +26,9 @@ WALLETS_MAX = 10_000
 AMPLE_FACTOR = 100
 AMPLE_FOR_S = 60.0
 # Refusals of a bound that the count may yet avoid.
-_WORTH_COUNTING = frozenset({"insufficient_quota", "credits_reserved", "rate_limit_exceeded", TOKENS_ABOVE_LIMIT})
+_WORTH_COUNTING = frozenset(
+    {"insufficient_quota", "credits_reserved", "budget_exceeded", "rate_limit_exceeded", TOKENS_ABOVE_LIMIT}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,9 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """`prompt_tokens` at most, and `output_tokens`, are for each choice.
+    """`prompt_tokens` and `output_tokens`, at most, are for each choice.
 
-    `is_clamped`: the wallet covers fewer output tokens than the request would have had.
+    `is_clamped`: the hold covers fewer output tokens, and is to be extended on the way (service/allowance.py).
     """
 
     hold: Hold
@@ -128,11 +130,10 @@ class Treasury:
             )
             own.callback(lambda: self._tokens.settle(decision.reservation, _used(hold)))
             await own.enter_async_context(hold)
-            covered = hold.output_tokens // choices
-            if covered < 1:
+            if hold.output_tokens < choices:
                 raise not_covered()
             stack.push_async_exit(own.pop_all())
-        return Terms(hold, prompt_tokens, covered, covered < output_tokens, headers)
+        return Terms(hold, prompt_tokens, output_tokens, hold.output_tokens < choices * output_tokens, headers)
 
     def offer(self, request: ChatRequest, build: Build) -> tuple[int, int] | None:
         """Prompt tokens at most and output tokens, of a request that surely fits the context; None without a count."""
@@ -163,7 +164,7 @@ class Treasury:
         self._known.pop(key, None)
         if settled is None:
             return
-        tokens = request.n * (terms.prompt_tokens + terms.output_tokens)
+        tokens = request.n * terms.prompt_tokens + terms.hold.output_tokens
         self._known[key] = _Known(settled.available_nano, terms.hold.amount_nano / tokens, time.monotonic())
         if len(self._known) > WALLETS_MAX:
             self._known.popitem(last=False)

@@ -11,8 +11,9 @@ Facts for whoever starts tritonserver
 
 The contract
 - Input REQUEST BYTES[1]: an OpenAI chat body as JSON (or with a bare `prompt` for its `messages`), plus `op`: absent or
-  "chat", "count", "probe", or "status".
-- Request parameters `tg_priority` (int, smaller first, default 2), `tg_tenant` (string). The request's
+  "chat", "count", "probe", "status", or "cancel" with the id of another `request`.
+- Request parameters `tg_priority` (int, smaller first, default 2), `tg_tenant` (string), `tg_one_by_one` (1: chunks are
+  never joined, so that a caller may stop after any token). The request's
   `timeout` (microseconds) is its deadline, queueing and generating together.
 - Output RESPONSE BYTES[1] each: one `chat.completion.chunk`. Its last member is always the cumulative
   `"usage":{"prompt_tokens","completion_tokens","total_tokens","prompt_tokens_details":{"cached_tokens"}}`;

@@ -137,7 +137,7 @@ class Dispatcher:
         if not job.pending:
             self._ready.append(job)
             job.pending.append(chunk)
-        elif (joined := job.pending[-1].join(chunk)) is not None:
+        elif not job.one_by_one and (joined := job.pending[-1].join(chunk)) is not None:
             job.pending[-1] = joined
         else:
             job.pending.append(chunk)

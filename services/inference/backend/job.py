@@ -24,6 +24,8 @@ class Job:
     tenant: str
     received_at: float
     deadline: float | None
+    one_by_one: bool = False
+    """Whether its chunks are never joined."""
     op: Op = "chat"
     request: dict[str, Any] = field(default_factory=dict)
     started_at: float | None = None

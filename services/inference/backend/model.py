@@ -78,4 +78,5 @@ def _job(request: Any) -> Job:
         tenant=str(parameters.get("tg_tenant", ""))[:TENANT_CHARACTERS_MAX],
         received_at=now,
         deadline=now + timeout_us / MICROSECONDS if timeout_us else None,
+        one_by_one=parameters.get("tg_one_by_one") == 1,
     )

@@ -1,8 +1,12 @@
 """The engine, by Triton's streaming gRPC: the only module that knows Triton.
 
 One call a request. `ModelStreamInfer` is bidirectional; opened as unary-stream (same bytes on the wire: one message,
-then half-close) it needs no writer task, and cancelling the call cancels exactly one generation. tritonclient's own
-client wraps every chunk in numpy arrays; its protobufs alone are enough, and cost about 15 µs less a chunk.
+then half-close) it needs no writer task. tritonclient's own client wraps every chunk in numpy arrays; its protobufs
+alone are enough, and cost about 15 µs less a chunk.
+
+Leaving. The engine is told, in a call of its own, to end the request, and what is left of its stream is read to the
+end. Cancelling the call would do the same, but tritonserver 2.51 may crash when a cancellation meets the end of its
+stream (server#8034): one of some thousands does. It is left for streams that do not end: those of dead processes.
 
 Failure modes. An engine error arrives as a reply's `error_message`, JSON {"code", "message"}; any other text there is
 Triton's own (model not loaded, stub unhealthy). A server that dies breaks the call: UNAVAILABLE. A stub that dies
@@ -13,7 +17,11 @@ the build was lost meanwhile. A stream that ends without a finish_reason failed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
+import time
+import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -37,6 +45,9 @@ DEADLINE_MARGIN_S = 5.0  # the engine's own deadline comes first, with a better 
 LENGTH_PREFIX = struct.Struct("<I")
 LOOK_INTERVAL_S = 0.25  # how often a silence is looked at, so how late its end is noticed
 SUSPICIOUS_SILENCE_S = 1.0
+LEAVE_TIMEOUT_S = 2.0  # then the call is cancelled
+LEAVE_AGAIN_S = 0.1  # the engine may be told before it has the request
+CHUNKS_WAITING_MAX = 64
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -65,16 +76,20 @@ class TritonClient:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._channels: dict[str, aio.Channel] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def count(self, build: Build, request: ChatRequest, *, lost: Lost) -> int:
         """Tokens of the prompt, as this build's template renders it. Raises TollgateError."""
         shown = {name: value for name, value in engine_fields(request).items() if name in ("tools", "tool_choice")}
         body = {"op": "count", **_asked(request), **shown}
         timeout_s = self._limits.count_timeout_s
-        async with _Call(self._open(build, body, timeout_s, {}), timeout_s, timeout_s, lost) as replies:
+        counted: int | None = None
+        async with self._start(build, body, timeout_s, timeout_s, timeout_s, {}, lost) as replies:
             async for content in replies:
-                return int(orjson.loads(content)["prompt_tokens"])
-        raise engine_failed("no answer to a count")
+                counted = int(orjson.loads(content)["prompt_tokens"])
+        if counted is None:
+            raise engine_failed("no answer to a count")
+        return counted
 
     def chat(
         self,
@@ -91,20 +106,53 @@ class TritonClient:
 
         `one_by_one` has each token come in a chunk of its own, for who may stop after any of them.
         """
-        limits = self._limits
+        limits, body = self._limits, _body(request, max_tokens, choice)
+        timeouts_s = limits.generation_timeout_s, limits.first_chunk_timeout_s, limits.chunk_timeout_s
         parameters: dict[str, int | str] = {"tg_tenant": tenant, "tg_priority": int(request.priority)}
         if one_by_one:
             parameters["tg_one_by_one"] = 1
-        call = self._open(build, _body(request, max_tokens, choice), limits.generation_timeout_s, parameters)
-        return Generation(_Call(call, limits.first_chunk_timeout_s, limits.chunk_timeout_s, lost))
+        return Generation(self._start(build, body, *timeouts_s, parameters, lost))
 
     async def close(self) -> None:
+        if self._leaving:
+            await asyncio.wait(self._leaving)
         for channel in self._channels.values():
             await channel.close(None)
 
-    def _open(
-        self, build: Build, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, int | str]
-    ) -> aio.UnaryStreamCall[Any, Any]:
+    def _start(
+        self,
+        build: Build,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        first_timeout_s: float,
+        silence_timeout_s: float,
+        parameters: Mapping[str, int | str],
+        lost: Lost,
+    ) -> _Call:
+        id_ = uuid.uuid4().hex
+
+        def leave(call: _Call) -> None:
+            task = asyncio.create_task(self._leave(build, id_, call))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+        opened = self._open(build, _request(build, id_, body, timeout_s, parameters), timeout_s + DEADLINE_MARGIN_S)
+        return _Call(opened, first_timeout_s, silence_timeout_s, lost, leave)
+
+    async def _leave(self, build: Build, id_: str, call: _Call) -> None:
+        """Have a request ended: see the module. Never raises."""
+        asked = _request(build, "", {"op": "cancel", "request": id_}, LEAVE_TIMEOUT_S, {})
+        until_s = time.monotonic() + LEAVE_TIMEOUT_S
+        while time.monotonic() < until_s:
+            if not call.is_ending:
+                with contextlib.suppress(aio.AioRpcError):
+                    async for _ in self._open(build, asked, LEAVE_TIMEOUT_S):
+                        pass
+            if await call.has_ended(LEAVE_AGAIN_S):
+                return
+        call.break_off()
+
+    def _open(self, build: Build, request: Any, timeout_s: float) -> aio.UnaryStreamCall[Any, Any]:
         channel = self._channels.get(build.triton_target)
         if channel is None:
             channel = aio.insecure_channel(build.triton_target, options=_OPTIONS)
@@ -116,11 +164,7 @@ class TritonClient:
         )
         metadata: dict[str, str] = {}
         inject_trace(metadata)
-        return method(
-            _request(build, orjson.dumps(body), timeout_s, parameters),
-            timeout=timeout_s + DEADLINE_MARGIN_S,
-            metadata=tuple(metadata.items()),
-        )
+        return method(request, timeout=timeout_s, metadata=tuple(metadata.items()))
 
 
 class Generation:
@@ -151,20 +195,33 @@ class Generation:
 class _Call:
     """Triton's replies as bytes; raises TollgateError for whatever goes wrong, silence included.
 
-    Silence is watched by one timer a call: a time limit around each read would cost as much as the read itself.
+    A task of its own reads them, because a read that is cancelled cancels the call. Silence is watched by one timer a
+    call: a time limit around each read would cost as much as the read itself.
     """
 
     def __init__(
-        self, call: aio.UnaryStreamCall[Any, Any], first_timeout_s: float, timeout_s: float, lost: Lost
+        self,
+        call: aio.UnaryStreamCall[Any, Any],
+        first_timeout_s: float,
+        timeout_s: float,
+        lost: Lost,
+        leave: Callable[[_Call], None],
     ) -> None:
+        self.is_ending = False  # the engine has said that it will send nothing more
         self._call = call
-        self._replies = aiter(call)
         self._patience_s = first_timeout_s
         self._timeout_s = timeout_s
         self._lost = lost
+        self._leave = leave
         self._loop = asyncio.get_running_loop()
         self._heard_s = self._loop.time()
+        self._contents: deque[bytes] = deque()
         self._failure: TollgateError | None = None
+        self._is_left = False
+        self._waiting: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._room.set()
+        self._reading = self._loop.create_task(self._read())
         self._look_again()
 
     async def __aenter__(self) -> AsyncIterator[bytes]:
@@ -176,49 +233,92 @@ class _Call:
         self.cancel()
 
     def cancel(self) -> None:
+        """Nobody wants the rest. Returns at once."""
+        if self._is_left:
+            return
+        self._is_left = True
         self._timer.cancel()
+        self._room.set()
+        if not self._reading.done():
+            self._leave(self)
+
+    def break_off(self) -> None:
+        """Cancel Triton's call."""
         self._call.cancel()
+
+    async def has_ended(self, within_s: float) -> bool:
+        """Whether the stream is read to its end, or will be by then."""
+        done, _ = await asyncio.wait((self._reading,), timeout=within_s)
+        return bool(done)
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
-        while True:
-            try:
-                reply = await anext(self._replies)
-            except aio.AioRpcError as e:
-                raise _broken(e) from e
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if self._failure is None or (task is not None and task.cancelling()):
-                    raise
-                raise self._failure from None
-            self._heard_s = self._loop.time()
-            self._patience_s = self._timeout_s
-            if reply.error_message:
-                raise _refused(reply.error_message)
-            contents = reply.infer_response.raw_output_contents
-            if contents:  # the final reply is empty
-                return bytes(contents[0][LENGTH_PREFIX.size :])
+        while not self._contents:
+            if self._failure is not None:
+                raise self._failure
+            if self._reading.done():
+                raise StopAsyncIteration
+            self._waiting = self._loop.create_future()
+            await self._waiting
+        if len(self._contents) == CHUNKS_WAITING_MAX:
+            self._room.set()
+        return self._contents.popleft()
+
+    async def _read(self) -> None:
+        """Read to the end; never raises."""
+        try:
+            async for reply in self._call:
+                self._heard_s = self._loop.time()
+                self._patience_s = self._timeout_s
+                if self._is_left:
+                    continue
+                if reply.error_message:
+                    self.is_ending = True
+                    self._failure = _refused(reply.error_message)
+                elif contents := reply.infer_response.raw_output_contents:  # the final reply is empty
+                    self._contents.append(bytes(contents[0][LENGTH_PREFIX.size :]))
+                    if len(self._contents) == CHUNKS_WAITING_MAX:
+                        self._room.clear()
+                self._wake()
+                await self._room.wait()
+        except aio.AioRpcError as e:
+            self._failure = self._failure or _broken(e)
+        except asyncio.CancelledError:
+            self._failure = self._failure or engine_down("the call was cancelled")
+        finally:
+            self._loop.call_soon(self._wake)  # when this task is done
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def _look_again(self) -> None:
         self._timer = self._loop.call_later(LOOK_INTERVAL_S, self._look)
 
     def _look(self) -> None:
-        """End the call when it has been silent for too long; the read under way then raises `_failure`."""
+        """End the call when it has been silent for too long."""
         silence_s = self._loop.time() - self._heard_s
-        if silence_s >= self._patience_s:
+        if self._reading.done():
+            return
+        if self._contents:  # it is the client that is slow
+            self._heard_s = self._loop.time()
+        elif silence_s >= self._patience_s:
             self._failure = engine_silent(f"nothing within {self._patience_s} s")
         elif silence_s >= SUSPICIOUS_SILENCE_S and self._lost():
             self._failure = engine_down("silent, and the build was lost meanwhile")
-        else:
+        if self._failure is None:
             self._look_again()
             return
-        self._call.cancel()
+        self._wake()
 
 
-def _request(build: Build, content: bytes, timeout_s: float, parameters: Mapping[str, int | str]) -> Any:
-    request = service_pb2.ModelInferRequest(model_name=build.triton_model, model_version=build.triton_version)
+def _request(
+    build: Build, id_: str, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, int | str]
+) -> Any:
+    content = orjson.dumps(body)
+    request = service_pb2.ModelInferRequest(model_name=build.triton_model, model_version=build.triton_version, id=id_)
     request.inputs.add(name="REQUEST", datatype="BYTES", shape=[1])
     request.raw_input_contents.append(LENGTH_PREFIX.pack(len(content)) + content)
     request.parameters["timeout"].int64_param = int(timeout_s * 1_000_000)

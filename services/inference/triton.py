@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,12 @@ class TritonServer:
         self._client = InferenceServerClient(target)
         self._control_timeout_s = control_timeout_s
         self._load_timeout_s = load_timeout_s
+        self._left: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
+        for task in self._left:
+            task.cancel()
+        await asyncio.gather(*self._left, return_exceptions=True)
         await self._client.close()
 
     async def is_loaded(self, build: str, version: str | None = None) -> bool:
@@ -91,25 +97,50 @@ class TritonServer:
     ) -> list[dict[str, Any]]:
         """Send one request and collect what comes back until the stream ends.
 
-        Raises BuildDead for an error of Triton's own, BuildSilent when that takes longer than `timeout_s`,
-        BuildRefused for an error of the model's, TritonUnreachable.
+        Cancelled, it has the build end the request; breaking the stream might crash the server (see
+        backend/dispatcher.py).
+
+        Raises BuildDead for an error of Triton's own, BuildSilent when that takes longer than `timeout_s`, BuildRefused
+        for an error of the model's, TritonUnreachable.
         """
-        parameters = {"tg_priority": priority, "tg_tenant": tenant}
-        requests = _requests(build, body, timeout_s, parameters)
+        id_, parameters = uuid.uuid4().hex, {"tg_priority": priority, "tg_tenant": tenant}
+        asking = asyncio.create_task(self._collect(build, id_, body, timeout_s, parameters))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            told = asyncio.create_task(
+                self._collect(build, "", {"op": "cancel", "request": id_}, self._control_timeout_s, {})
+            )
+            for task in (asking, told):
+                self._left.add(task)
+                task.add_done_callback(self._forget)
+            raise
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._left.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody waits for it
+
+    async def _collect(
+        self, build: str, id_: str, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        requests = _requests(build, id_, body, timeout_s, parameters)
         stream = self._client.stream_infer(requests, stream_timeout=timeout_s)
         answers: list[dict[str, Any]] = []
+        refusal: TritonError | None = None
         try:
             async for result, error in stream:
                 if error is not None:
-                    raise _refusal(error.message())
-                if result.get_response().outputs:
+                    refusal = _refusal(error.message())
+                elif result.get_response().outputs:
                     answers.append(json.loads(bytes(result.as_numpy("RESPONSE").reshape(-1)[0])))
         except (InferenceServerException, aio.AioRpcError) as e:  # a stream's own failures come unwrapped
             if isinstance(e, aio.AioRpcError) and e.code() is grpc.StatusCode.UNAVAILABLE:
                 raise TritonUnreachable("Triton does not answer.") from e
-            raise BuildSilent(f"{build} did not answer within {timeout_s:g} s.") from e
-        finally:
-            stream.cancel()
+            if refusal is None:
+                raise BuildSilent(f"{build} did not answer within {timeout_s:g} s.") from e
+        if refusal is not None:
+            raise refusal
         if not answers:
             raise BuildSilent(f"{build} ended without an answer.")
         return answers
@@ -137,12 +168,13 @@ def _configuration(path: Path) -> Any:
 
 
 async def _requests(
-    build: str, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, Any]
+    build: str, id_: str, body: Mapping[str, Any], timeout_s: float, parameters: Mapping[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
     tensor = InferInput("REQUEST", [1], "BYTES")
     tensor.set_data_from_numpy(np.array([json.dumps(dict(body)).encode()], dtype=np.object_))
     yield {
         "model_name": build,
+        "request_id": id_,
         "inputs": [tensor],
         "timeout": int(timeout_s * 1_000_000),
         "parameters": dict(parameters),

@@ -1,4 +1,9 @@
-"""The chat service as it is built for production, on a real port, between doubles (see doubles.py)."""
+"""The chat service as it is built for production, on a real port, between doubles (see doubles.py).
+
+`chat`   its time limits are far beyond what any test takes, so that what a test sees is never a slow machine's doing.
+`hasty`  the same between the same doubles, whose limits are short: for engines that fall silent, clients that do not
+         read, a ledger that is away.
+"""
 
 import asyncio
 import base64
@@ -30,7 +35,22 @@ from tests.conftest import Components, role_url
 
 KEYS = f"k1:{base64.b64encode(b'c' * 32).decode()}"
 CALLER = Identity(kind="key", user_id="user", org_id="org", key_id="key", scopes=("chat", "models"))
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
+STREAMS = "tollgate_chat_streams"
+PATIENT = {
+    "chat_first_chunk_timeout_ms": 120_000,
+    "chat_count_timeout_ms": 120_000,
+    "chat_chunk_timeout_ms": 120_000,
+    "chat_send_timeout_ms": 120_000,
+    "chat_settle_wait_ms": 60_000,
+}
+HASTY = {
+    "chat_first_chunk_timeout_ms": 3_000,
+    "chat_count_timeout_ms": 1_500,
+    "chat_chunk_timeout_ms": 2_000,
+    "chat_send_timeout_ms": 500,
+    "chat_settle_wait_ms": 300,
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,10 @@ class Chat:
                     return float(found.rpartition(" ")[2])
         return 0.0
 
+    async def is_idle(self) -> bool:
+        """Whether no generation is counted as running."""
+        return await self.metric(STREAMS) == 0
+
 
 LONG = [{"role": "user", "content": "Count to a hundred, slowly, and do not leave out a single number."}]
 """A prompt whose bytes do not fit the double's context with an answer, so that the engine must count it."""
@@ -68,6 +92,11 @@ LONG = [{"role": "user", "content": "Count to a hundred, slowly, and do not leav
 
 def asking(**body: Any) -> dict[str, Any]:
     return {"model": "small", "messages": [{"role": "user", "content": "Count."}], **body}
+
+
+async def told(event: asyncio.Event) -> None:
+    """Wait for an event. Raises TimeoutError after PATIENCE_S."""
+    await asyncio.wait_for(event.wait(), PATIENCE_S)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -91,8 +120,19 @@ async def serving(app: Any) -> AsyncIterator[str]:
         listener.close()
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """The doubles, and the settings that lead to them."""
+
+    engine: Engine
+    ledger: Ledger
+    catalogue: CatalogueDouble
+    ring: IdentityRing
+    settings: dict[str, Any]
+
+
 @pytest.fixture(scope="session")
-async def running(components: Components) -> AsyncIterator[Chat]:
+async def surroundings(components: Components) -> AsyncIterator[Surroundings]:
     ring = IdentityRing(KEYS, SystemClock())
     engine, ledger = Engine(), Ledger()
     triton = aio.server()
@@ -105,36 +145,39 @@ async def running(components: Components) -> AsyncIterator[Chat]:
     owner_url = components.create_database("chat")
     database_url = role_url(owner_url, "tollgate_chat")
     await asyncio.to_thread(migrate_urls, owner_url, database_url)
-    settings = ChatSettings.model_validate(
-        {
-            "identity_keys": KEYS,
-            "chat_http_listen": "127.0.0.1:0",
-            "billing_grpc": await listen(billing),
-            "inference_grpc": await listen(inference),
-            "chat_database_url": database_url,
-            "redis_url": components.redis_url,
-            "unleash_url": "http://127.0.0.1:9/api",  # nobody: Unleash is down from the start
-            "unleash_token": "none",
-            "chat_messages_max": 5,
-            "chat_prompt_chars_max": 2_000,
-            "chat_max_tokens_default": 40,
-            "chat_first_chunk_timeout_ms": 4_000,
-            "chat_count_timeout_ms": 1_500,
-            "chat_chunk_timeout_ms": 1_500,
-            "chat_send_timeout_ms": 500,
-            "chat_settle_wait_ms": 300,
-            "chat_generations_max": 3,
-            "chat_choices_max": 3,
-            "chat_priority_plans": ["gold"],
-            "chat_breaker_failures_max": 10_000,  # the double fails on purpose
-            "catalogue_refresh_ms": 100,
-        }
-    )
+    settings = {
+        "identity_keys": KEYS,
+        "chat_http_listen": "127.0.0.1:0",
+        "billing_grpc": await listen(billing),
+        "inference_grpc": await listen(inference),
+        "chat_database_url": database_url,
+        "redis_url": components.redis_url,
+        "chat_redis_timeout_ms": 60_000,  # Redis is never away here, only late
+        "unleash_url": "http://127.0.0.1:9/api",  # nobody: Unleash is down from the start
+        "unleash_token": "none",
+        "chat_messages_max": 5,
+        "chat_prompt_chars_max": 2_000,
+        "chat_max_tokens_default": 40,
+        "chat_generations_max": 3,
+        "chat_choices_max": 3,
+        "chat_priority_plans": ["gold"],
+        "chat_breaker_failures_max": 10_000,  # the double fails on purpose
+        "catalogue_refresh_ms": 100,
+    }
+    yield Surroundings(engine, ledger, catalogue, ring, settings)
+    for server in (triton, billing, inference):
+        await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def _running(around: Surroundings, limits: dict[str, int]) -> AsyncIterator[Chat]:
+    settings = ChatSettings.model_validate({**around.settings, **limits})
     async with AsyncExitStack() as stack:
         service = await build(settings, stack, Readiness())
         tasks = [asyncio.create_task(make()) for make in service.tasks.values()]
         app = service.http[0].app
-        chat = Chat(await stack.enter_async_context(serving(app)), app, engine, ledger, catalogue, ring)
+        url = await stack.enter_async_context(serving(app))
+        chat = Chat(url, app, around.engine, around.ledger, around.catalogue, around.ring)
         async with chat.client() as client:
 
             async def has_models() -> bool:
@@ -146,17 +189,30 @@ async def running(components: Components) -> AsyncIterator[Chat]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for server in (triton, billing, inference):
-        await server.stop(None)
 
 
-@pytest.fixture
-async def chat(running: Chat) -> AsyncIterator[Chat]:
-    """The service, with the doubles well-behaved again."""
+@pytest.fixture(scope="session")
+async def running(surroundings: Surroundings) -> AsyncIterator[Chat]:
+    async with _running(surroundings, PATIENT) as chat:
+        yield chat
+
+
+@pytest.fixture(scope="session")
+async def running_hasty(surroundings: Surroundings) -> AsyncIterator[Chat]:
+    surroundings.engine.reset()
+    surroundings.ledger.reset()
+    async with _running(surroundings, HASTY) as chat:
+        yield chat
+
+
+@contextlib.asynccontextmanager
+async def _well_behaved(running: Chat) -> AsyncIterator[Chat]:
+    """Before the test; after it, nothing of it is under way that might arrive in the next."""
     running.engine.reset()
     running.ledger.reset()
     yield running
-    await until(running.ledger.is_quiet)  # nothing of this test may arrive in the next
+    await until(running.ledger.is_quiet)
+    await until(running.is_idle)
     if running.catalogue.lost:
         running.catalogue.lost.clear()
         async with running.client() as client:
@@ -166,3 +222,17 @@ async def chat(running: Chat) -> AsyncIterator[Chat]:
                 return all(b["state"] == "ready" for b in builds)
 
             await until(all_ready)
+
+
+@pytest.fixture
+async def chat(running: Chat) -> AsyncIterator[Chat]:
+    """The service, with the doubles well-behaved again."""
+    async with _well_behaved(running) as chat:
+        yield chat
+
+
+@pytest.fixture
+async def hasty(running_hasty: Chat) -> AsyncIterator[Chat]:
+    """The service with short time limits, and the doubles well-behaved again."""
+    async with _well_behaved(running_hasty) as chat:
+        yield chat

@@ -56,9 +56,14 @@ async def for_ever(_: dict[str, Any]) -> AsyncIterator[Item]:
 
 
 class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # tritonclient has no types
-    """Triton's stream. `chat` and `count` say what it answers; `sent` counts replies; a cancel sets `stopped`."""
+    """Triton's stream. `chat` and `count` say what it answers; `sent` counts replies.
+
+    A request that is cancelled by another one sets `stopped`; a stream that is broken sets `broken`. With `is_dead` the
+    engine takes no word any more.
+    """
 
     def __init__(self) -> None:
+        self._running: dict[str, asyncio.Future[None]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -70,37 +75,73 @@ class Engine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.parameters: list[dict[str, Any]] = []
         self.metadata: list[dict[str, Any]] = []
         self.sent = 0
+        self.is_dead = False
         self.begun = asyncio.Event()
         self.stopped = asyncio.Event()
+        self.broken = asyncio.Event()
 
     @property
     def generated(self) -> list[dict[str, Any]]:
         """What was asked for, without counts."""
         return [r for r in self.requests if r.get("op") != "count"]
 
+    async def is_idle(self) -> bool:
+        """Whether nothing is generated."""
+        return not self._running
+
     @staticmethod
     async def count_seven(_: dict[str, Any]) -> AsyncIterator[Item]:
         yield {"prompt_tokens": 7, "context_tokens": 100}
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
-        self.metadata.append(dict(context.invocation_metadata()))
         async for request in requests:
             content = request.raw_input_contents[0]
             assert len(content) == LENGTH_PREFIX.unpack_from(content)[0] + LENGTH_PREFIX.size
             body = json.loads(content[LENGTH_PREFIX.size :])
+            if body.get("op") == "cancel":
+                yield await self._cancel(body["request"])
+                return
+            self.metadata.append(dict(context.invocation_metadata()))
             self.requests.append(body)
             self.builds.append(request.model_name)
             self.parameters.append({k: v.int64_param or v.string_param for k, v in request.parameters.items()})
             chat = self.by_build.get(request.model_name, self.chat)
             script = self.count if body.get("op") == "count" else chat
             self.begun.set()
-            try:
-                async for item in script(body):
-                    yield _reply(item)
-                    self.sent += 1
-            except BaseException:  # cancelled while waiting, or a broken pipe while sending
-                self.stopped.set()
-                raise
+            async for item in self._until_cancelled(request.id, script(body)):
+                yield _reply(item)
+                self.sent += 1
+
+    async def _until_cancelled(self, id_: str, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
+        cancelled = self._running[id_] = asyncio.get_running_loop().create_future()
+        try:
+            while True:
+                coming = asyncio.ensure_future(anext(items, None))
+                try:
+                    await asyncio.wait((coming, cancelled), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not coming.done():
+                        coming.cancel()
+                        await asyncio.wait((coming,))
+                if cancelled.done():
+                    self.stopped.set()
+                    yield EngineError("cancelled")
+                    return
+                if (item := coming.result()) is None:
+                    return
+                yield item
+        except (asyncio.CancelledError, GeneratorExit):  # while waiting, or while sending
+            self.broken.set()
+            raise
+        finally:
+            del self._running[id_]
+
+    async def _cancel(self, id_: str) -> Any:
+        if self.is_dead:
+            await asyncio.Event().wait()
+        if (found := self._running.get(id_)) is not None and not found.done():
+            found.set_result(None)
+        return _reply({"cancelled": found is not None})
 
 
 def _reply(item: Item) -> Any:

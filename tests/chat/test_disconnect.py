@@ -8,11 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chat.conftest import LONG, Chat, asking, until
+from tests.chat.conftest import LONG, Chat, asking, told, until
 from tests.chat.doubles import Item, chunk, for_ever
-
-STREAMS = "tollgate_chat_streams"
-SOON_S = 2.0  # before any of the service's own time limits would end the request
 
 
 async def endless(_: dict[str, Any]) -> AsyncIterator[Item]:
@@ -44,8 +41,8 @@ async def test_leaving_before_the_first_token_stops_the_engine_and_voids_the_hol
 
         await until(generating)
         asked.cancel()
-        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
-    await chat.ledger.resolved.wait()
+        await told(chat.engine.stopped)
+    await told(chat.ledger.resolved)
     assert [v.reason for v in chat.ledger.voided] == ["cancelled"]
     assert chat.ledger.settled == []
 
@@ -54,9 +51,9 @@ async def test_leaving_while_the_prompt_is_counted_holds_nothing(chat: Chat) -> 
     chat.engine.count = for_ever
     async with chat.client() as client:
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking(messages=LONG, max_tokens=50)))
-        await asyncio.wait_for(chat.engine.begun.wait(), SOON_S)
+        await told(chat.engine.begun)
         asked.cancel()
-        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
+        await told(chat.engine.stopped)
     assert chat.ledger.holds == []
 
 
@@ -68,8 +65,8 @@ async def test_leaving_in_mid_stream_stops_the_engine_and_settles_what_was_produ
             seen += '"content":"word ' in line
             if seen == 5:
                 break
-    await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
-    await chat.ledger.resolved.wait()
+    await told(chat.engine.stopped)
+    await told(chat.ledger.resolved)
     [settled] = chat.ledger.settled
     assert settled.finish_reason == "cancelled"
     assert settled.usage.input_tokens == 7
@@ -87,18 +84,19 @@ async def test_leaving_without_a_stream_stops_the_engine_and_settles_what_was_pr
 
         await until(producing)
         asked.cancel()
-        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S)
-    await chat.ledger.resolved.wait()
+        await told(chat.engine.stopped)
+    await told(chat.ledger.resolved)
     [settled] = chat.ledger.settled
     assert settled.finish_reason == "cancelled"
     assert 0 < settled.usage.output_tokens <= chat.engine.sent
 
 
-async def test_a_client_that_stops_reading_is_cut_off(chat: Chat) -> None:
+async def test_a_client_that_stops_reading_is_cut_off(hasty: Chat) -> None:
+    chat = hasty
     chat.engine.chat = flood
     async with chat.client() as client, client.stream("POST", "/v1/chat/completions", json=asking(stream=True)):
-        await asyncio.wait_for(chat.engine.stopped.wait(), SOON_S * 4)
-        await chat.ledger.resolved.wait()
+        await told(chat.engine.stopped)
+        await told(chat.ledger.resolved)
     assert chat.ledger.settled[0].finish_reason == "cancelled"
 
 
@@ -112,7 +110,7 @@ async def leave(chat: Chat, leavers: int) -> None:
                     await client.post("/v1/chat/completions", json=asking(stream=turn % 2 == 0))
 
         async def all_is_quiet() -> bool:
-            return await chat.ledger.is_quiet() and await chat.metric(STREAMS) == 0
+            return await chat.ledger.is_quiet() and await chat.is_idle()
 
         await until(all_is_quiet)
     assert chat.ledger.settled

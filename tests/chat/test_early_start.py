@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from shared.errors import PaymentRequired
-from tests.chat.conftest import Chat, asking, until
+from tests.chat.conftest import Chat, asking, told, until
 from tests.chat.doubles import for_ever
 
 AMPLE_NANO = 10**6
@@ -41,7 +41,7 @@ async def test_a_refused_hold_stops_the_engine(ample: Chat) -> None:
     ample.ledger.refusal = PaymentRequired()
     answer = await ample.complete()
     assert answer.status_code == 402
-    await asyncio.wait_for(ample.engine.stopped.wait(), 5)
+    await told(ample.engine.stopped)
 
 
 async def test_a_hold_that_covers_less_begins_anew_token_by_token(ample: Chat) -> None:
@@ -54,9 +54,9 @@ async def test_a_client_that_leaves_during_the_hold_stops_the_engine(ample: Chat
     ample.engine.chat, ample.ledger.placing = for_ever, asyncio.Event()
     async with ample.client() as client:
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
-        await asyncio.wait_for(ample.engine.begun.wait(), 5)
+        await told(ample.engine.begun)
         asked.cancel()
-        await asyncio.wait_for(ample.engine.stopped.wait(), 5)
+        await told(ample.engine.stopped)
     ample.ledger.placing.set()
 
 
@@ -76,4 +76,4 @@ async def test_a_key_beyond_its_tokens_stops_the_engine(ample: Chat) -> None:
         refused = await client.post("/v1/chat/completions", json=asking())
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "tokens_above_limit")
     if ample.engine.generated:  # it may have been refused before the engine heard of it
-        await asyncio.wait_for(ample.engine.stopped.wait(), 5)
+        await told(ample.engine.stopped)

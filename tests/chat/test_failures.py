@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.chat.conftest import LONG, Chat, asking, until
+from services.chat.triton import SUSPICIOUS_SILENCE_S
+from tests.chat.conftest import LONG, Chat, asking, told, until
 from tests.chat.doubles import EngineError, Item, Script, chunk, for_ever
+
+ATTEMPTS_MAX = 5
 
 
 def failing(*items: Item) -> Script:
@@ -29,8 +32,6 @@ def then_silent(*items: Item) -> Script:
     return script
 
 
-FIRST_CHUNK_TIMEOUT_S = 4.0  # as conftest.py sets it
-
 BEFORE = {
     "a prompt that is too long": (failing(EngineError("context_length_exceeded")), 400, "context_length_exceeded"),
     "a bad request": (failing(EngineError("invalid_request")), 400, "invalid_request"),
@@ -48,19 +49,21 @@ BEFORE = {
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", sorted(BEFORE))
 async def test_a_failure_before_the_first_token_has_its_status_and_voids_the_hold(
-    chat: Chat, case: str, stream: bool
+    hasty: Chat, case: str, stream: bool
 ) -> None:
+    chat = hasty
     chat.engine.chat, status, code = BEFORE[case]
     answer = await chat.complete(stream=stream)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert status != 503 or int(answer.headers["retry-after"]) >= 1
-    await chat.ledger.resolved.wait()
+    await told(chat.ledger.resolved)
     assert (len(chat.ledger.voided), chat.ledger.settled) == (1, [])
 
 
 @pytest.mark.parametrize("case", ["a failure", "a model that is not loaded", "nothing at all", "silence"])
-async def test_a_failure_while_counting_takes_no_hold(chat: Chat, case: str) -> None:
+async def test_a_failure_while_counting_takes_no_hold(hasty: Chat, case: str) -> None:
+    chat = hasty
     chat.engine.count, status, code = BEFORE[case]
     answer = await chat.complete(messages=LONG, max_tokens=50)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
@@ -79,8 +82,9 @@ MIDWAY = {
 
 @pytest.mark.parametrize("case", sorted(MIDWAY))
 async def test_a_failure_in_mid_stream_is_told_in_the_stream_and_settles_what_was_produced(
-    chat: Chat, case: str
+    hasty: Chat, case: str
 ) -> None:
+    chat = hasty
     chat.engine.chat, code = MIDWAY[case]
     answer = await chat.complete(stream=True)
     assert answer.status_code == 200
@@ -90,7 +94,7 @@ async def test_a_failure_in_mid_stream_is_told_in_the_stream_and_settles_what_wa
     assert error["code"] == code
     said = [json.loads(b.removeprefix("data: "))["choices"][0]["delta"].get("content") for b in blocks[:-1]]
     assert "".join(filter(None, said)) == "one two"
-    await chat.ledger.resolved.wait()
+    await told(chat.ledger.resolved)
     [settled] = chat.ledger.settled
     assert (settled.usage.input_tokens, settled.usage.output_tokens) == (7, 2)
     assert (settled.finish_reason, settled.build, chat.ledger.voided) == ("error", "small-a", [])
@@ -98,23 +102,32 @@ async def test_a_failure_in_mid_stream_is_told_in_the_stream_and_settles_what_wa
 
 @pytest.mark.parametrize("case", sorted(MIDWAY))
 async def test_a_failure_midway_without_a_stream_is_an_error_and_settles_what_was_produced(
-    chat: Chat, case: str
+    hasty: Chat, case: str
 ) -> None:
+    chat = hasty
     chat.engine.chat, code = MIDWAY[case]
     answer = await chat.complete()
     assert answer.status_code >= 500
     assert answer.json()["error"]["code"] == code
-    await chat.ledger.resolved.wait()
+    await told(chat.ledger.resolved)
     assert chat.ledger.settled[0].usage.output_tokens == 2
 
 
-async def test_silence_stops_the_engine(chat: Chat) -> None:
-    chat.engine.chat = then_silent(*WORDS)
-    await chat.complete()
-    await asyncio.wait_for(chat.engine.stopped.wait(), 2)
+async def test_silence_stops_the_engine(hasty: Chat) -> None:
+    hasty.engine.chat = then_silent(*WORDS)
+    await hasty.complete()
+    await told(hasty.engine.stopped)
+
+
+async def test_a_stream_of_a_dead_process_is_broken_off(hasty: Chat) -> None:
+    hasty.engine.chat, hasty.engine.is_dead = then_silent(*WORDS), True
+    assert (await hasty.complete()).status_code == 504
+    await told(hasty.engine.broken)
+    assert not hasty.engine.stopped.is_set()
 
 
 async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Chat) -> None:
+    """Long before `chat`'s own time for a first chunk, which no test waits for."""
     chat.engine.by_build = {"small-a": for_ever, "small-b": failing(EngineError("queue_full"))}
     async with chat.client() as client:
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
@@ -123,30 +136,47 @@ async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Ch
             return bool(chat.engine.generated)
 
         await until(generating)
-        began = time.monotonic()
         chat.catalogue.lost.add("small-a")
         answer = await asked
-        assert time.monotonic() - began < FIRST_CHUNK_TIMEOUT_S - 0.5
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
         assert int(answer.headers["retry-after"]) >= 1
-    await asyncio.wait_for(chat.engine.stopped.wait(), 2)
+    await told(chat.engine.stopped)
     assert [v.reason for v in chat.ledger.voided] == ["error"]
 
 
 async def test_a_build_that_speaks_is_not_given_up_because_the_catalogue_lost_it(chat: Chat) -> None:
+    """Chunks go on until the catalogue has long lost it. A machine that held them back so long that the build looked
+    silent proves nothing: then once more.
+    """
+    gaps_s: list[float] = []
+
     async def slow(_: dict[str, Any]) -> AsyncIterator[Item]:
-        for i in range(1, 21):
-            await asyncio.sleep(0.1)
-            yield chunk("x", i)
-        yield chunk("", 20, "stop")
+        began_s = last_s = time.monotonic()
+        while last_s - began_s < 1.5 * SUSPICIOUS_SILENCE_S:
+            await asyncio.sleep(0.05)
+            yield chunk("x", 1)
+            gaps_s.append(time.monotonic() - last_s)
+            last_s = time.monotonic()
+        yield chunk("", 1, "stop")
+
+    async def is_served() -> bool:
+        async with chat.client() as client:
+            builds = (await client.get("/v1/models/small")).json()["builds"]
+        return bool(builds[0]["state"] == "ready")
 
     chat.engine.chat = slow
-    async with chat.client() as client:
-        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
-        await asyncio.wait_for(chat.engine.begun.wait(), 2)
+    for _ in range(ATTEMPTS_MAX):
+        chat.catalogue.lost.clear()
+        await until(is_served)
+        gaps_s.clear()
+        chat.engine.begun.clear()
+        asked = asyncio.create_task(chat.complete())
+        await told(chat.engine.begun)
         chat.catalogue.lost.add("small-a")
-        answer = (await asked).json()
-    assert answer["choices"][0]["message"]["content"] == "x" * 20
+        answer = await asked
+        if answer.status_code == 200 or max(gaps_s) < SUSPICIOUS_SILENCE_S / 2:
+            break
+    assert set(answer.json()["choices"][0]["message"]["content"]) == {"x"}
 
 
 async def test_an_engines_own_words_stay_inside(chat: Chat) -> None:
@@ -155,8 +185,14 @@ async def test_an_engines_own_words_stay_inside(chat: Chat) -> None:
 
 
 async def test_generations_beyond_the_limit_are_refused_and_leave_no_trace(chat: Chat) -> None:
-    chat.engine.chat = then_silent(chunk("one", 1))
-    before = await chat.metric("tollgate_chat_streams")
+    go_on = asyncio.Event()
+
+    async def waiting(_: dict[str, Any]) -> AsyncIterator[Item]:
+        yield chunk("one", 1)
+        await go_on.wait()
+        yield chunk("", 1, "stop")
+
+    chat.engine.chat = waiting
     async with chat.client() as client:
         running = [asyncio.create_task(client.post("/v1/chat/completions", json=asking())) for _ in range(3)]
 
@@ -166,9 +202,10 @@ async def test_generations_beyond_the_limit_are_refused_and_leave_no_trace(chat:
         await until(all_run)
         refused = await client.post("/v1/chat/completions", json=asking())
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
-        assert {r.status_code for r in await asyncio.gather(*running)} == {504}
+        go_on.set()
+        assert {r.status_code for r in await asyncio.gather(*running)} == {200}
     assert len(chat.ledger.holds) == 3
-    assert await chat.metric("tollgate_chat_streams") == before == 0
+    await until(chat.is_idle)
 
 
 async def test_the_outcome_is_counted_by_model_and_build(chat: Chat) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,8 +24,9 @@ class ModelError(Exception):
 class Stream:
     """One request and its chunks."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, id_: str) -> None:
         self._call = call
+        self.id = id_
         self.finished = False
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
@@ -51,6 +53,7 @@ class Stream:
         return chunks
 
     def cancel(self) -> None:
+        """Break the stream, as a caller that dies does."""
         self._call.cancel()
 
 
@@ -91,7 +94,7 @@ class BackendClient:
     ) -> Stream:
         """Send one request on a stream of its own."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = service_pb2.ModelInferRequest(model_name=build)
+        request = service_pb2.ModelInferRequest(model_name=build, id=uuid.uuid4().hex)
         request.inputs.add(name="REQUEST", datatype="BYTES", shape=[1])
         request.raw_input_contents.append(struct.pack("<I", len(raw)) + raw)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
@@ -101,7 +104,12 @@ class BackendClient:
             request.parameters["timeout"].int64_param = int(timeout_s * 1_000_000)
         self.sent[build] += 1
         call = self._stub.ModelStreamInfer(iter([request]), timeout=CALL_TIMEOUT_S)
-        return Stream(call)
+        return Stream(call, request.id)
+
+    async def cancel(self, build: str, stream: Stream) -> bool:
+        """Have a request's stream ended, as a caller that lives does; whether the build knew of it."""
+        [answer] = await self.send(build, {"op": "cancel", "request": stream.id}).all()
+        return bool(answer["cancelled"])
 
 
 def chat(text: str = "hello", *, tokens: int = 8, **more: Any) -> dict[str, Any]:

@@ -1,22 +1,18 @@
 """The model contract, on a real tritonserver with a real engine."""
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deploy.local import processes
-from deploy.local.triton import regions
 from tests.inference.client import BackendClient, ModelError, Stream, chat, count
 from tests.inference.conftest import RunningTriton
 
 WAIT_S = 20.0
 LONG_TOKENS = 900  # about half a second of the one slot of `narrow`
-SPARE_DESCRIPTORS = 8  # what comes and goes
 
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -42,10 +38,6 @@ async def idle(backend: BackendClient, triton: RunningTriton, build: str) -> dic
 async def arrived(backend: BackendClient, build: str) -> None:
     """What was sent before this is in the model's hands: a later request has been answered."""
     await backend.send(build, count("are you there?")).all()
-
-
-def open_files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 async def refusal(work: Awaitable[object]) -> str:
@@ -207,45 +199,6 @@ async def test_stop_sequences_end_the_stream(backend: BackendClient) -> None:
     assert cut == text[: text.index(word)]
 
 
-async def test_a_cancel_in_mid_stream_stops_the_engine_and_frees_the_slot(
-    backend: BackendClient, triton: RunningTriton
-) -> None:
-    before = await idle(backend, triton, "narrow")
-    stream = backend.send("narrow", chat(tokens=LONG_TOKENS))
-    await stream.first(3)
-    stream.cancel()
-    after = await idle(backend, triton, "narrow")
-    assert after["cancelled_total"] == before["cancelled_total"] + 1
-    assert after["completion_tokens_total"] - before["completion_tokens_total"] < LONG_TOKENS / 2
-
-
-async def test_a_cancel_during_prefill_stops_before_the_first_token(
-    backend: BackendClient, triton: RunningTriton
-) -> None:
-    before = await idle(backend, triton, "narrow")
-    (ten,) = await backend.send("narrow", count("hello " * 10)).all()
-    text = "hello " * (900 * 10 // ten["prompt_tokens"])  # about a hundred batches of prefill
-    stream = backend.send("narrow", chat(text, tokens=200))
-    await arrived(backend, "narrow")
-    stream.cancel()
-    after = await idle(backend, triton, "narrow")
-    assert after["cancelled_total"] == before["cancelled_total"] + 1
-    assert after["completion_tokens_total"] == before["completion_tokens_total"]
-
-
-async def test_a_cancel_in_the_queue_never_reaches_the_engine(backend: BackendClient, triton: RunningTriton) -> None:
-    before = await idle(backend, triton, "narrow")
-    running = await busy(backend, streams=3)
-    waiting = backend.send("narrow", chat(tokens=5), tenant="impatient")
-    await arrived(backend, "narrow")
-    waiting.cancel()
-    for stream in running:
-        await stream.all()
-    after = await idle(backend, triton, "narrow")
-    assert after["cancelled_total"] == before["cancelled_total"] + 1
-    assert after["completion_tokens_total"] == before["completion_tokens_total"] + 3 * LONG_TOKENS
-
-
 async def test_a_deadline_in_the_queue(backend: BackendClient, triton: RunningTriton) -> None:
     running = await busy(backend, streams=3)
     code = await refusal(backend.send("narrow", chat(), priority=9, timeout_s=0.1).all())
@@ -297,41 +250,6 @@ async def test_priority_and_turns_decide_who_is_next(backend: BackendClient, tri
     await running[0].all()
     await asyncio.gather(*tasks)
     assert order == ["urgent", "a0", "b0", "a1"]
-
-
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("cancels", [200, pytest.param(10_000, marks=pytest.mark.torture)])
-async def test_after_many_cancels_at_random_moments_nothing_is_held(
-    backend: BackendClient, triton: RunningTriton, cancels: int
-) -> None:
-    stub, stack_id = triton.stub("churned"), triton.server.layout.stack_id
-    descriptors, memory = open_files(stub), set(regions(stack_id))
-    chance = random.Random(7)
-    limit = asyncio.Semaphore(12)
-
-    async def one() -> None:
-        async with limit:
-            text = "hello " * chance.randrange(1, 200)
-            stream = backend.send("churned", chat(text, tokens=chance.randrange(1, 60)))
-            chunks, after_s = chance.randrange(0, 20), chance.random() * 0.05
-            if chunks:
-                await stream.first(chunks)
-            else:
-                await asyncio.sleep(after_s)
-            stream.cancel()
-
-    await asyncio.gather(*(one() for _ in range(cancels)))
-    await eventually(lambda: triton.metrics("churned")["slots_busy"] == 0, "slots are held")
-    # All four slots take work: four streams have begun before any of them ends.
-    streams = [backend.send("churned", chat(tokens=400)) for _ in range(4)]
-    await asyncio.gather(*(stream.first(1) for stream in streams))
-    assert not any(stream.finished for stream in streams)
-    for chunks in await asyncio.gather(*(stream.all() for stream in streams)):
-        assert chunks[-1]["usage"]["completion_tokens"] == 400
-    figures = triton.metrics("churned")
-    assert figures["queue_depth"] == 0
-    assert open_files(stub) <= descriptors + SPARE_DESCRIPTORS
-    assert set(regions(stack_id)) == memory
 
 
 async def test_unloading_lets_a_stream_finish_and_loading_brings_the_build_back(backend: BackendClient) -> None:

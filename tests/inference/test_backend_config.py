@@ -61,6 +61,8 @@ def test_op_is_taken_out_of_the_body() -> None:
         b"null",
         b"[" * 100_000,
         b'{"messages":[{"role":"user"}],"op":"drop"}',
+        b'{"op":"cancel"}',
+        b'{"op":"cancel","request":7}',
         b'{"messages":"hello"}',
         b'{"messages":[]}',
         b'{"messages":["hello"]}',

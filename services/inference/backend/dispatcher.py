@@ -8,6 +8,10 @@ process (0.05 to 0.25 ms, most of it waiting for that process to run). So
   streams and chunks slower than POLL_S a cancel still lands within one chunk;
 - metrics are pushed a few times a second, and at once when there is nothing else to do.
 
+A caller that wants no more says so in a request of its own (`op: cancel`): its stream then ends as every other does. To
+break the stream instead is noticed too, in the poll, but is dangerous: a cancellation that meets the end of its stream
+may crash tritonserver 2.51 (server#8034, repaired in later ones).
+
 It is the watchdog too: an engine that works and says nothing for `engine_silence_s` will not say anything any more. Its
 requests get an error, and the process ends, since a thread inside an engine cannot be stopped and an unload would wait
 for it; whoever watches the build finds it dead and loads it again.
@@ -28,7 +32,7 @@ from services.inference.backend.engine import Chunk
 from services.inference.backend.errors import BackendError, Code, engine_hung
 from services.inference.backend.job import Job, StopReason
 from services.inference.backend.metrics import EngineMetrics
-from services.inference.backend.scheduler import End, Event, Piece, Reply, Scheduler
+from services.inference.backend.scheduler import Cancel, End, Event, Piece, Reply, Scheduler
 
 POLL_S = 0.02
 CHECKS_RUNNING = 6  # asked about in one poll; the others' turn comes in the next
@@ -125,6 +129,8 @@ class Dispatcher:
             self._end(event.job, event.error, None)
         elif isinstance(event, Reply):
             self._end(event.job, None, event)
+        elif isinstance(event, Cancel):
+            self._cancel(event)
         else:
             self._open = False
 
@@ -215,6 +221,14 @@ class Dispatcher:
                 job.checked_at = now
                 if job.stop is None and job.sender.is_cancelled():
                     self._stop(job, "cancelled")
+
+    def _cancel(self, asked: Cancel) -> None:
+        """The answer says whether the job was there; one that is on its way may come later."""
+        target = next((job for job in self._jobs if job.id == asked.target), None)
+        if target is not None and target.stop is None:
+            self._stop(target, "cancelled")
+        found = b'{"cancelled":true}' if target is not None else b'{"cancelled":false}'
+        self._end(asked.job, None, Reply(asked.job, found))
 
     def _give_up(self, silence_s: float) -> None:
         """Never returns."""

@@ -24,6 +24,8 @@ class Job:
     tenant: str
     received_at: float
     deadline: float | None
+    id: str = ""
+    """The caller's name for it, by which another request may cancel it."""
     one_by_one: bool = False
     """Whether its chunks are never joined."""
     op: Op = "chat"

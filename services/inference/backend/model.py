@@ -79,4 +79,5 @@ def _job(request: Any) -> Job:
         received_at=now,
         deadline=now + timeout_us / MICROSECONDS if timeout_us else None,
         one_by_one=parameters.get("tg_one_by_one") == 1,
+        id=request.request_id(),
     )

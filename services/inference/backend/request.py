@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from services.inference.backend.errors import BackendError
 
-Op = Literal["chat", "embed", "rerank", "count", "probe", "status"]
+Op = Literal["chat", "embed", "rerank", "count", "probe", "status", "cancel"]
 OPS: tuple[Op, ...] = get_args(Op)
 
 TEXTS_MAX = 2048
@@ -16,7 +16,7 @@ CANARY_TENANT = "tollgate:canary"
 
 class ParsedRequest(NamedTuple):
     """`body` is the request without `op`: an OpenAI chat body with `messages` or a bare `prompt`, of `embed` the texts
-    `input`, of `rerank` a `query` and `documents`.
+    `input`, of `rerank` a `query` and `documents`, of `cancel` the id of another `request`.
     """
 
     op: Op
@@ -42,6 +42,9 @@ def parse(raw: bytes, bytes_max: int) -> ParsedRequest:
         raise invalid(f"`op` must be one of {', '.join(OPS)}.")
     if op == "embed":
         _texts(body, "input")
+    elif op == "cancel":
+        if not isinstance(body.get("request"), str) or not body["request"]:
+            raise invalid("`request` must be the id of a request.")
     elif op == "rerank":
         _texts(body, "documents")
         if not isinstance(body.get("query"), str) or not body["query"]:

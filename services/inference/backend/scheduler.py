@@ -1,6 +1,7 @@
 """Intake, queue and workers: everything between `execute` and the dispatcher, free of Triton.
 
-A job ends exactly once, by one event: Reply (every op but chat), or End after any number of Piece. Whoever has the
+A job ends exactly once, by one event: Reply (every op but chat), or End after any number of Piece. One that cancels
+another is the dispatcher's to answer. Whoever has the
 job posts it: intake when it refuses, the queue's owner when the job is cancelled or late while it waits, a
 worker otherwise.
 
@@ -49,7 +50,15 @@ class End:
     error: BackendError | None
 
 
-Event = Piece | Reply | End
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A job that asks for the end of the one whose id is `target`."""
+
+    job: Job
+    target: str
+
+
+Event = Piece | Reply | End | Cancel
 
 
 class Scheduler:
@@ -131,6 +140,9 @@ class Scheduler:
         size = len(job.body)
         job.op, job.request = request.parse(job.body, self._config.request_bytes_max)
         job.body = b""
+        if job.op == "cancel":
+            self._post(Cancel(job, job.request["request"]))
+            return
         if job.op == "status" or (job.op == "probe" and self.busy_slots):
             self._post(Reply(job, self._status()))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from uuid import UUID
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from services.billing.domain import PriceTerms, Usage
 from services.billing.errors import AmountTooLarge, InsufficientCredits, NothingToRefund, RefundTooLarge
 from services.billing.ledger.book import Draw
-from services.billing.ledger.operations import Charge, Refund
+from services.billing.ledger.operations import Charge, ExpireHold, Heartbeat, Refund
 from services.billing.ledger.results import Charged, Held, Refunded
 from shared.ids import uuid7
 from tests.billing.memory import MemoryLedger
@@ -50,6 +51,26 @@ def test_a_refund_goes_back_to_where_it_came_from_the_last_draw_first() -> None:
     assert [account.left for account in left] == [10, 20]
     with pytest.raises(NothingToRefund):
         refunded(ledger, placed.hold_id, 1)
+
+
+def test_a_refund_before_a_late_settlement_is_no_refund_of_what_that_took() -> None:
+    ledger = pair(PriceTerms(0, 0, 0, 1_000_000)).ledger
+    first, second = grant(20, priority=1), grant(20)
+    for credit in (first, second):
+        ledger.apply(credit, START)
+    left = [ledger.book.grants[credit.account_id].account for credit in (first, second)]
+    placed = ledger.apply(hold(Usage(0, 0, 20), ttl_ms=1_000), START)
+    assert isinstance(placed, Held)
+    ledger.apply(Heartbeat(WALLET, placed.hold_id, Usage(0, 0, 20), 1_000), START)
+    later = START + timedelta(seconds=2)
+    ledger.apply(ExpireHold(WALLET, placed.hold_id), later)
+    assert refunded(ledger, placed.hold_id, 10) == Refunded(10, 10, 0, 30)
+    charge = Charge(WALLET, WALLET, "key:charge", "user:test", uuid7(), 10, "test")
+    ledger.apply(charge, later)
+    ledger.apply(settle(placed.hold_id, Usage(0, 0, 35)), later)
+    assert [account.left for account in left] == [0, 5]
+    assert refunded(ledger, placed.hold_id, None) == Refunded(25, 0, 0, 30)
+    assert [account.left for account in left] == [10, 20]
 
 
 def test_a_refund_forgives_a_debt_before_it_gives_credits_and_paid_debts_come_back_as_a_grant() -> None:

@@ -74,8 +74,7 @@ def refund(journal: Journal, book: Book, op: Refund) -> Refunded:
     `book.draws` has the source's transfers, and `book.grants` the grants that they name, spent ones included.
     """
     draws = book.draws.get(op.source_id, [])
-    before = sum(draw.amount for draw in draws if draw.code == "refund")
-    refundable = sum(draw.amount for draw in draws if draw.code != "refund") - before
+    refundable = sum(-draw.amount if draw.code == "refund" else draw.amount for draw in draws)
     if refundable == 0:
         raise NothingToRefund()
     amount = refundable if op.amount is None else op.amount
@@ -83,7 +82,7 @@ def refund(journal: Journal, book: Book, op: Refund) -> Refunded:
         raise RefundTooLarge()
     revenue = book.accounts["revenue"]
     fresh = 0
-    for account_id, part in _unwound([draw for draw in draws if draw.code != "refund"], before, amount):
+    for account_id, part in _unwound(draws, amount):
         account, forgiven = _account(book, account_id), part
         if account.kind == "receivable":
             forgiven = min(part, book.owed)
@@ -116,16 +115,26 @@ def tidy(journal: Journal, book: Book) -> None:
             book.post(journal, account, receivable, part.amount, "repayment")
 
 
-def _unwound(draws: list[Draw], skipped: int, amount: int) -> list[tuple[UUID, int]]:
-    """From whom to take back `amount`, from the last draw on, after `skipped` that was taken back before."""
+def _unwound(draws: list[Draw], amount: int) -> list[tuple[UUID, int]]:
+    """From whom to take back `amount`: from the last draw on, of what earlier refunds have left."""
+    left: list[tuple[UUID, int]] = []
+    for draw in draws:
+        if draw.code == "refund":  # in its place: a settlement that came late may have drawn after it
+            _pop(left, draw.amount)
+        else:
+            left.append((draw.account_id, draw.amount))
+    return _pop(left, amount)
+
+
+def _pop(left: list[tuple[UUID, int]], amount: int) -> list[tuple[UUID, int]]:
     parts = []
-    for draw in reversed(draws):
-        passed = min(draw.amount, skipped)
-        skipped -= passed
-        part = min(draw.amount - passed, amount)
+    while amount > 0:
+        account_id, most = left.pop()
+        part = min(most, amount)
+        if part < most:
+            left.append((account_id, most - part))
         amount -= part
-        if part > 0:
-            parts.append((draw.account_id, part))
+        parts.append((account_id, part))
     return parts
 
 

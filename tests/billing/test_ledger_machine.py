@@ -26,16 +26,32 @@ from hypothesis.stateful import (
 )
 
 from services.billing.domain import Usage
-from services.billing.ledger.operations import ExpireHold, ExtendHold, Heartbeat, Operation, PlaceHold, Settle, Void
+from services.billing.ledger.operations import (
+    Charge,
+    ExpireHold,
+    ExtendHold,
+    Freeze,
+    Heartbeat,
+    Operation,
+    PlaceHold,
+    Refund,
+    Settle,
+    Void,
+)
 from services.billing.ledger.results import Extended, Result
 from services.billing.repository.verification import wallets_step
 from shared.errors import TollgateError
+from shared.ids import uuid7
 from tests.billing.harness import TERMS, Ledger, grant, ledger_on, place
 from tests.billing.oracle import Oracle, Refused
 
 T = TypeVar("T")
 LIFE_MS = 15 * 60 * 1000
 TOKENS = st.integers(0, 60)
+KEY, MEMBERS = UUID(int=11), (UUID(int=21), UUID(int=22))
+BUDGET = """INSERT INTO billing.budget (wallet_id, subject, subject_id, period, amount, updated_at)
+    VALUES ($1, $2, $3, $4, $5, now())
+    ON CONFLICT (wallet_id, subject, subject_id, period) DO UPDATE SET amount = excluded.amount"""
 
 
 class Bridge:
@@ -66,6 +82,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.org_id = uuid4()
         self.oracle = Oracle(TERMS)
         self.remembered: dict[str, Result | str] = {}
+        self.charged: list[UUID] = []
 
     @initialize()
     def opened(self) -> None:
@@ -76,11 +93,43 @@ class LedgerMachine(RuleBasedStateMachine):
         expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
         return self.both(grant(self.org_id, amount, priority=priority, expires_at=expires_at))
 
-    @rule(target=holds, tokens=st.integers(1, 60), clamp=st.booleans())
-    def places(self, tokens: int, clamp: bool) -> PlaceHold:
-        operation = place(self.org_id, tokens, clamp=clamp, ttl_ms=LIFE_MS)
+    @rule(
+        target=holds,
+        tokens=st.integers(1, 60),
+        clamp=st.booleans(),
+        key_id=st.sampled_from((None, KEY)),
+        user_id=st.sampled_from(MEMBERS),
+    )
+    def places(self, tokens: int, clamp: bool, key_id: UUID | None, user_id: UUID) -> PlaceHold:
+        operation = place(self.org_id, tokens, clamp=clamp, ttl_ms=LIFE_MS, key_id=key_id, user_id=user_id)
         self.both(operation)
         return operation
+
+    @rule(target=done, amount=st.integers(1, 60))
+    def charges(self, amount: int) -> Operation:
+        charge = Charge(*self.authored(), uuid7(), amount, "test")
+        self.charged.append(charge.charge_id)
+        return self.both(charge)
+
+    @rule(target=done, hold=holds, amount=st.one_of(st.none(), st.integers(1, 60)), which=st.integers(0, 5))
+    def refunds(self, hold: PlaceHold, amount: int | None, which: int) -> Operation:
+        source = self.charged[-which] if 0 < which <= len(self.charged) else hold.hold_id
+        return self.both(Refund(*self.authored(), source, uuid7(), amount, "test"))
+
+    @rule(target=done, frozen=st.sampled_from((True, False, False, False)))
+    def freezes(self, frozen: bool) -> Operation:
+        return self.both(Freeze(*self.authored(), frozen, "test"))
+
+    @rule(who=st.sampled_from((KEY, *MEMBERS)), day=st.integers(0, 200), month=st.integers(0, 400))
+    def sets_budgets(self, who: UUID, day: int, month: int) -> None:
+        subject = "key" if who == KEY else "member"
+        for period, amount in (("day", day), ("month", month)):
+            arguments = (BUDGET, self.org_id, subject, who, period, amount)
+            self.bridge.run(self.bridge.ledger.pool.execute(*arguments))
+        self.oracle.set_budget(who, day, month, datetime.now(UTC))
+
+    def authored(self) -> tuple[UUID, UUID, str, str]:
+        return self.org_id, self.org_id, f"key:{uuid4()}", "user:test"
 
     @rule(target=done, hold=holds, number=st.integers(1, 4), tokens=st.integers(1, 120))
     def extends(self, hold: PlaceHold, number: int, tokens: int) -> Operation:
@@ -141,7 +190,7 @@ class LedgerMachine(RuleBasedStateMachine):
             expected = str(e)
         actual = self.outcome(operation)
         assert figures(actual) == expected, (operation, actual, expected)
-        if operation.remembered and actual not in ("hold_not_found", "hold_not_expired"):
+        if operation.remembered and actual not in ("hold_not_found", "hold_not_expired", "nothing_to_refund"):
             self.remembered[operation.key] = actual
         return operation
 
@@ -192,4 +241,4 @@ def test_the_ledger_does_what_the_model_does_whatever_comes_in_whatever_order(ow
 @pytest.mark.torture
 @pytest.mark.timeout(3_600)
 def test_the_ledger_does_so_for_long(owner_url: str) -> None:
-    run(owner_url, examples=1_000, steps=60)
+    run(owner_url, examples=400, steps=50)

@@ -19,8 +19,9 @@ from services.inference.backend.gguf import read_head
 CHAT_MINI = ROOT / "triton_models/chat-mini-q8_0"
 BIG = "bench-big"
 WIDTH, LAYERS, HEADS, KV_HEADS, FEED_FORWARD = 1024, 12, 16, 4, 2816
-SLOTS, CONTEXT_TOKENS = 4, 1024
+SLOTS, CONTEXT_TOKENS = 16, 512
 QUANTIZE_TIMEOUT_S = 600
+EVERY_SLOT = '{ key: "tenant_slots_max" value: { string_value: "5" } },'
 
 CATALOGUE = f"""
 [models.{BIG}]
@@ -46,13 +47,15 @@ output = "150"
 
 
 def repository(target: Path) -> None:
-    """A model repository with chat-mini and the big model, one customer of which may use every slot."""
+    """A model repository with chat-mini and the big model; one customer may use every slot of a build."""
     target.mkdir()
     text = (ROOT / "triton_models/catalogue.toml").read_text()
     (target / "catalogue.toml").write_text(text + CATALOGUE)
     (target / "prices.toml").write_text((ROOT / "deploy/local/prices.toml").read_text() + PRICE)
     for folder in ("chat-mini-q8_0", "chat-mini-q4_k_m", "embed-mini"):
         shutil.copytree(ROOT / "triton_models" / folder, target / folder)
+    own = target / CHAT_MINI.name / "config.pbtxt"
+    own.write_text(own.read_text().replace("parameters [", f"parameters [{EVERY_SLOT}", 1))
     big = target / BIG
     shutil.copytree(CHAT_MINI, big, ignore=shutil.ignore_patterns("*.gguf", "*.gpu.pbtxt"))
     configuration = (CHAT_MINI / "config.pbtxt").read_text().partition("parameters [")[0]

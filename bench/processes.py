@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from deploy.local.state import Layout
 from deploy.local.triton import SERVER, STUB
 
 SERVICES = ("gateway", "chat", "inference", "billing", "auth")
+LOAD = "load generator"
 Look = Callable[[], dict[str, float]]
 
 
@@ -26,14 +28,14 @@ class Cpu:
 
     @staticmethod
     def of(pid: int) -> Cpu:
-        """One process, called the engine."""
-        return Cpu(lambda: {"engine": _seconds(pid)})
+        """One process, called the engine, and the load generator: this process."""
+        return Cpu(lambda: {"engine": _seconds(pid), LOAD: _seconds(os.getpid())})
 
     @staticmethod
     def of_stack(state: Path) -> Cpu:
-        """Every process of a stack."""
+        """Every process of a stack, and the load generator."""
         stack_id = Layout(root=Path(), state=state.resolve()).stack_id
-        return Cpu(lambda: _by_program(stack_id))
+        return Cpu(lambda: {**_by_program(stack_id), LOAD: _seconds(os.getpid())})
 
     def __enter__(self) -> Cpu:
         self._before = self._look()
@@ -44,6 +46,12 @@ class Cpu:
     ) -> None:
         spent = {name: total - self._before.get(name, 0.0) for name, total in self._look().items()}
         self.seconds = {name: seconds for name, seconds in sorted(spent.items()) if seconds > 0}
+
+
+def machine_s() -> float:
+    """Seconds that the machine's processors have worked, for anybody, since it began."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 def _by_program(stack_id: str) -> dict[str, float]:

@@ -89,7 +89,7 @@ class LlamaCpp:
         self._build = config.build
         self.task = config.task
         self._key = secrets.token_urlsafe(32)
-        self.server = xllamacpp.Server(_parameters(config, self._key))
+        self.server = xllamacpp.Server(engine_parameters(config, self._key))
         address = str(self.server.listening_address).removeprefix("http://")
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
@@ -254,7 +254,8 @@ class _Stream:
             self._usage = Usage(int(progress[1]), int(progress[2]), 0)
 
 
-def _parameters(config: BackendConfig, key: str) -> Any:
+def engine_parameters(config: BackendConfig, key: str) -> Any:
+    """The engine's settings for a build; its HTTP side answers to who has the key."""
     threads = config.threads or os.cpu_count() or 1
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(config.weights)

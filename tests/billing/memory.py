@@ -48,8 +48,8 @@ class MemoryLedger:
                     raise outcome
                 return outcome
         batch = journal or self.journal(now)
-        if isinstance(operation, Refund):
-            self.book.draws[operation.source_id] = self._draws(operation.source_id)
+        if isinstance(operation, Refund) and journal is None:
+            self.book.draws[operation.source_id] = self.draws(operation.source_id)
         key = operation.keys[int(kernel.is_late(self.book, operation))]
         try:
             result = kernel.decide(batch, self.book, operation)
@@ -76,7 +76,7 @@ class MemoryLedger:
             self.moved["rolled up"] += sums[-1] if rollup.wallet_id == self.book.wallet_id else 0
         self.written.append(rows)
 
-    def _draws(self, source_id: UUID) -> list[Draw]:
+    def draws(self, source_id: UUID) -> list[Draw]:
         """As the writer loads them."""
         transfers = [t for t in self.transfers if t.hold_id == source_id]
         return [Draw(t.credit_account if t.code == "refund" else t.debit_account, t.amount, t.code) for t in transfers]

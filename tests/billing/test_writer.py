@@ -279,24 +279,33 @@ async def test_the_days_sums_are_those_of_the_usage(ledger: Ledger, org_id: UUID
 
 
 async def test_any_division_into_batches_leaves_what_one_by_one_leaves(lonely_url: str) -> None:
-    """The same operations, alone and in whatever batches come about."""
-    rng = random.Random(17)
+    """The same operations of a few wallets of one shard: alone, and mixed, in whatever batches come about."""
     async with ledger_on(lonely_url) as ledger:
-        outcomes: list[list[tuple[int, ...]]] = []
+        outcomes: list[list[list[tuple[int, ...]]]] = []
         for at_once in (1, 7, 1_000):
-            rng.seed(17)
-            org_id = UUID(int=uuid4().int & ~0xFF)
-            await ledger.writer.submit(grant(org_id, SIGNUP_NANO))
-            holds = [place(org_id, rng.randint(1, 60), user_id=None) for _ in range(60)]
-            endings = [settle(org_id, hold.hold_id, rng.randint(0, 70)) for hold in holds]
-            figures = []
-            for operations in (holds, endings):
+            rng = random.Random(17)
+            wallets = [UUID(int=uuid4().int & ~0xFF) for _ in range(3)]
+            for org_id in wallets:
+                await ledger.writer.submit(grant(org_id, SIGNUP_NANO))
+            parts: list[dict[UUID, list[Operation]]] = [{}, {}]
+            for org_id in wallets:
+                holds = [place(org_id, rng.randint(1, 60), user_id=None) for _ in range(25)]
+                parts[0][org_id] = list(holds)
+                parts[1][org_id] = [settle(org_id, hold.hold_id, rng.randint(0, 70)) for hold in holds]
+            figures: dict[UUID, list[tuple[int, ...]]] = {org_id: [] for org_id in wallets}
+            for part in parts:
+                turns = [org_id for org_id in wallets for _ in part[org_id]]
+                random.Random(at_once).shuffle(turns)
+                operations = [part[org_id].pop(0) for org_id in turns]
                 for start in range(0, len(operations), at_once):
-                    part = operations[start : start + at_once]
-                    answers = await asyncio.gather(*(ledger.writer.submit(op) for op in part), return_exceptions=True)
-                    figures += [figure(answer) for answer in answers]
-            wallet = await ledger.wallet(org_id)
-            outcomes.append([*figures, (wallet.balance, wallet.held, wallet.spent, wallet.receivable)])
+                    batch = operations[start : start + at_once]
+                    answers = await asyncio.gather(*(ledger.writer.submit(op) for op in batch), return_exceptions=True)
+                    for operation, answer in zip(batch, answers, strict=True):
+                        figures[operation.wallet_id].append(figure(answer))
+            for org_id in wallets:
+                wallet = await ledger.wallet(org_id)
+                figures[org_id].append((wallet.balance, wallet.held, wallet.spent, wallet.receivable))
+            outcomes.append(list(figures.values()))
         assert outcomes[0] == outcomes[1] == outcomes[2]
         await ledger.verified()
 

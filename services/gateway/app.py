@@ -74,7 +74,7 @@ async def build(settings: GatewaySettings, stack: AsyncExitStack, readiness: Rea
     guesses = Guesses(floor.clock, per_minute=settings.gateway_unknown_keys_per_minute)
     keys = _keys(settings, floor, repository, guesses)
     await stack.enter_async_context(floor.link)  # after everything that subscribes
-    key_set = JsonWebKeySet(floor.upstreams["auth"], floor.clock)
+    key_set = JsonWebKeySet(floor.upstreams["auth"], floor.clock, timeout_ms=settings.gateway_jwks_timeout_ms)
     limiter = RedisLimiter(floor.link, lease_ttl_s=settings.gateway_lease_ttl_s)
     admission = Admission(
         keys=keys,
@@ -206,6 +206,7 @@ def _relay(settings: GatewaySettings, floor: _Floor, admission: Admission, usage
             first_byte_s=settings.gateway_first_byte_timeout_s,
             idle_s=settings.gateway_idle_timeout_s,
             total_s=settings.gateway_total_timeout_s,
+            drain_idle_s=settings.gateway_drain_idle_s,
         ),
         cors=Cors(settings.gateway_cors_origins),
         addresses=floor.addresses,

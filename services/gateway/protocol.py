@@ -7,7 +7,7 @@ Connections, TLS, keep-alive and its timer, the order of pipelined requests and 
 stands where its cycles stand. Pipelined requests wait, up to PIPELINED_MAX of them; what is sent beyond, or is too
 large before its turn, is not answered, and the connection closes after the last that is. After an answer that did not
 wait for its request's end, LINGER_S of it are read and dropped, so that the answer is not lost to a reset. While the
-process drains, idle connections stay for DRAIN_IDLE_S: a request that is on its way is answered, and told to close.
+process drains, idle connections stay for `drain_idle_s`: a request that is on its way is answered, and told to close.
 The relay's clock ends with the answer; a client that then takes none of what is left for it is hung up on by the
 kernel, after the same idle time: a close would wait for it for ever.
 """
@@ -26,7 +26,6 @@ from shared.http_protocol import GuardedHttpProtocol
 
 PIPELINED_MAX = 16
 LINGER_S = 1.0
-DRAIN_IDLE_S = 1.0
 
 
 class EdgeProtocol(GuardedHttpProtocol):
@@ -182,7 +181,7 @@ class EdgeProtocol(GuardedHttpProtocol):
     def shutdown(self) -> None:
         self._is_draining = True
         if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(DRAIN_IDLE_S, self._close_idle)
+            self.loop.call_later(self._relay.timeouts.drain_idle_s, self._close_idle)
         else:
             super().shutdown()
 

@@ -39,11 +39,13 @@ PREFLIGHT_AGE_S = 600
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """`first_byte_s`: from the complete request to the head of the response. `idle_s`: between two pieces of either
-    body, also while the client does not read. `total_s`: the whole exchange."""
+    body, also while the client does not read. `total_s`: the whole exchange. `drain_idle_s`: how long a client's
+    connection that idles stays when the process drains."""
 
     first_byte_s: float
     idle_s: float
     total_s: float
+    drain_idle_s: float = 1.0
 
 
 class Cors:

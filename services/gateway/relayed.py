@@ -135,14 +135,18 @@ class Relayed(Admitting):
             self._finish()
 
     def late(self) -> None:
-        """`due_s` has passed."""
+        """`due_s` has passed, or `end_s`."""
         if not self.is_whole:
             self.fail(RequestTimeout())
             return
         self._relay.count_error(self.service, "timeout")
-        if self._replica is not None and not (self._connection and self._connection.is_held):  # then it is the client
-            self._replica.failed(self._relay.now_s())
-        self.fail(Timeout(detail=f"{self.service}: {'idle' if self.status else 'first byte'} timeout"))
+        now_s = self._relay.now_s()
+        is_silent = now_s >= self.due_s  # else the exchange is only long, which says nothing about the service
+        # Where the service is held back, it is the client that is slow.
+        if is_silent and self._replica is not None and not (self._connection and self._connection.is_held):
+            self._replica.failed(now_s)
+        which = ("idle" if self.status else "first byte") if is_silent else "total"
+        self.fail(Timeout(detail=f"{self.service}: {which} timeout"))
 
     def _read(self) -> None:
         """What the head says. Raises for what no service should ever see."""

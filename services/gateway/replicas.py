@@ -155,11 +155,7 @@ class Upstream:
             if rest_s <= 0 or len(self._waiting) >= WAITING_MAX:
                 self._errors.labels(self.name, "full").inc()
                 raise Unavailable(retry_after_s=1, detail=f"{self.name}: every connection is busy")
-            free = asyncio.get_running_loop().create_future()
-            self._waiting.append(free)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rest_s):
-                    await free
+            await self._room(rest_s)
 
     async def fetch(self, path: str, *, bytes_max: int, timeout_s: float) -> tuple[int, bytes]:
         """GET a path for ourselves: status and body. Raises Unavailable."""
@@ -248,10 +244,31 @@ class Upstream:
             status = 0
         replica.probed(answers=status == 200)
 
+    async def _room(self, timeout_s: float) -> None:
+        """Wait until a connection may be free, at most so long."""
+        free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(free)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await free
+        except TimeoutError:
+            self._leave(free)
+        except asyncio.CancelledError:
+            if not self._leave(free):
+                self._wake()  # it was this one's turn: the next one's, then
+            raise
+
+    def _leave(self, free: asyncio.Future[None]) -> bool:
+        """Whether it still waited."""
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(free)
+            return True
+        return False
+
     def _wake(self) -> None:
         while self._waiting:
             free = self._waiting.popleft()
-            if not free.done():
+            if not free.done():  # cancelled, and its task has not run yet
                 free.set_result(None)
                 return
 

@@ -42,6 +42,7 @@ class GatewaySettings(ServiceSettings):
     gateway_first_byte_timeout_s: float = Field(default=300, gt=0)
     gateway_idle_timeout_s: float = Field(default=60, gt=0)
     gateway_total_timeout_s: float = Field(default=3_600, gt=0)
+    gateway_drain_idle_s: float = Field(default=1, gt=0)  # how long idle connections of clients outlive SIGTERM
 
     gateway_redis_timeout_ms: int = Field(default=100, ge=1)
     gateway_redis_pending_max: int = Field(default=10_000, ge=1)
@@ -78,6 +79,7 @@ class GatewaySettings(ServiceSettings):
     gateway_heartbeat_interval_s: float = Field(default=2, gt=0)
     gateway_heartbeat_ttl_s: float = Field(default=10, gt=0)
     gateway_jwks_interval_s: float = Field(default=300, gt=0)
+    gateway_jwks_timeout_ms: int = Field(default=2_000, ge=1)
     gateway_readiness_ttl_s: float = Field(default=1, gt=0)
     gateway_usage_queue_max: int = Field(default=10_000, ge=1)
 

@@ -15,6 +15,13 @@ from tests.conftest import ROOT
 from tests.gateway.harness import IDENTITY_KEYS, PEPPERS
 from tests.gateway.outages import DEADLINE_S, eventually
 
+# A busy test machine is not an outage.
+PATIENT = {
+    "TOLLGATE_GATEWAY_REDIS_TIMEOUT_MS": "20000",
+    "TOLLGATE_GATEWAY_DATABASE_TIMEOUT_MS": "20000",
+    "TOLLGATE_GATEWAY_CONNECT_TIMEOUT_MS": "20000",
+}
+
 
 @dataclass
 class Client:
@@ -106,8 +113,9 @@ async def fleet(count: int, redis_url: str, database_url: str, service_url: str,
                     "TOLLGATE_API_KEY_PEPPERS": PEPPERS,
                     "TOLLGATE_GATEWAY_REPLICAS": str(count),
                     "TOLLGATE_GATEWAY_HEARTBEAT_INTERVAL_S": "0.2",
-                    "TOLLGATE_GATEWAY_REDIS_TIMEOUT_MS": "2000",  # a busy test machine is not an outage
-                    "TOLLGATE_GATEWAY_DATABASE_TIMEOUT_MS": "20000",
+                    "TOLLGATE_GATEWAY_HEARTBEAT_TTL_S": "60",
+                    "TOLLGATE_GATEWAY_LEASE_TTL_S": "600",  # what leaked stays to be seen
+                    **PATIENT,
                     "TOLLGATE_GATEWAY_UNKNOWN_KEYS_PER_MINUTE": "1000000",  # a revoked key is one
                     **{f"TOLLGATE_{s}_URL": service_url for s in ("AUTH", "BILLING", "CHAT", "INFERENCE")},
                     **env,

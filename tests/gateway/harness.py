@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from uuid import UUID, uuid4
 import asyncpg
 import httpx
 import uvicorn
-from jose import jwk, jwt
 from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
@@ -37,6 +35,7 @@ from tests.gateway.outages import DEADLINE_S, eventually
 
 IDENTITY_KEYS = f"test:{base64.b64encode(b'i' * 32).decode()}"
 PEPPERS = f"1:{base64.b64encode(b'p' * 32).decode()}"
+ASKED_BY_GATEWAYS = ("/healthz", "/.well-known/jwks.json", "/openapi.json")  # for themselves, at any time
 DEFAULT_SCOPES = ("chat", "models", "inference", "billing:read")
 
 
@@ -128,10 +127,10 @@ class Backend:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        if scope["path"] == "/healthz":  # the gateway asks all the time
+        headers = [(k.decode(), v.decode("latin-1")) for k, v in scope["headers"]]
+        if scope["path"] in ASKED_BY_GATEWAYS and "x-request-id" not in dict(headers):
             await answer(send, 200, b"{}")
             return
-        headers = [(k.decode(), v.decode("latin-1")) for k, v in scope["headers"]]
         self.seen.append(Seen(scope["method"], scope["path"], scope["query_string"].decode(), headers, body))
         await answer(send, 200, json.dumps({"path": scope["path"], "bytes": len(body)}).encode())
 
@@ -283,51 +282,6 @@ class Directory:
         await ChangeChannel(self.redis).announce([event])
 
 
-class Tokens:
-    """A signing key of auth's kind, and its JWKS."""
-
-    def __init__(self, session: dict[str, str] | None = None) -> None:
-        """`session` is what tokens speak for, unless a test says otherwise."""
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-
-        self._session = session or {name: str(uuid4()) for name in ("sub", "org", "sid")}
-        private = ec.generate_private_key(ec.SECP256R1())
-        self.pem = private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ).decode()
-        public = private.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        self.kid = uuid4().hex
-        self.jwk = {**jwk.construct(public.decode(), "ES256").to_dict(), "kid": self.kid, "use": "sig"}
-
-    def sign(self, *, kid: str | None = None, algorithm: str = "ES256", key: str | None = None, **changes: Any) -> str:
-        now = int(time.time())
-        claims: dict[str, Any] = {
-            "iss": "tollgate",
-            "aud": "tollgate",
-            **self._session,
-            "ver": 1,
-            "username": "somebody",
-            "roles": ["user"],
-            "plan": "default",
-            "scope": "chat models inference billing:read billing:write keys:read keys:write",
-            "type": "access",
-            "iat": now,
-            "exp": now + 900,
-        } | changes
-        if {"operator", "admin"} & set(claims["roles"] or ()) and "scope" not in changes:
-            claims["scope"] += " admin"
-        claims = {k: v for k, v in claims.items() if v is not None}
-        token: str = jwt.encode(claims, key or self.pem, algorithm=algorithm, headers={"kid": kid or self.kid})
-        return token
-
-    async def serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """The handler of /.well-known/jwks.json."""
-        await answer(send, 200, json.dumps({"keys": [self.jwk]}).encode())
-
-
 @dataclass
 class Gateway:
     """A running gateway."""
@@ -364,7 +318,11 @@ def settings(redis_url: str, database_url: str, service_url: str, **changes: Any
         "billing_url": service_url,
         "chat_url": service_url,
         "inference_url": service_url,
-        "gateway_redis_timeout_ms": 5_000,  # a busy test machine is not an outage
+        # A busy test machine is not an outage.
+        "gateway_redis_timeout_ms": 20_000,
+        "gateway_database_timeout_ms": 20_000,
+        "gateway_connect_timeout_ms": 20_000,
+        "gateway_jwks_timeout_ms": 20_000,
         "gateway_unknown_keys_per_minute": 10_000,
         "gateway_heartbeat_interval_s": 0.05,
         "gateway_heartbeat_ttl_s": 2,
@@ -374,8 +332,10 @@ def settings(redis_url: str, database_url: str, service_url: str, **changes: Any
 
 
 @asynccontextmanager
-async def gateway(configured: GatewaySettings) -> AsyncIterator[Gateway]:
-    """The whole service: both listeners and its background tasks."""
+async def gateway(
+    configured: GatewaySettings, there: tuple[str, ...] = ("redis", "postgres")
+) -> AsyncIterator[Gateway]:
+    """The whole service: both listeners and its background tasks; it has reached what is `there`."""
     async with AsyncExitStack() as stack:
         service = await build(configured, stack, Readiness())
         servers = [await stack.enter_async_context(Server(s.app, protocol=s.protocol).running()) for s in service.http]
@@ -384,7 +344,9 @@ async def gateway(configured: GatewaySettings) -> AsyncIterator[Gateway]:
             httpx.AsyncClient(base_url=servers[0].url, timeout=DEADLINE_S, trust_env=False)
         )
         try:
-            yield Gateway(servers[0].url, servers[1].url, http)
+            running = Gateway(servers[0].url, servers[1].url, http)
+            await running.ready(**dict.fromkeys(there, "ok"))
+            yield running
         finally:
             for task in tasks:
                 task.cancel()

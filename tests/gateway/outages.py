@@ -14,10 +14,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from deploy.local.ports import pick_port
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 # PostgreSQL: BindComplete, then a DataRow with its length and the number of its columns.
 ONE_ROW = re.compile(rb"(2\x00\x00\x00\x04D.{4})..", re.DOTALL)
 
@@ -87,9 +88,9 @@ class TcpSwitch:
     """A TCP forwarder that can be cut: what stands behind it looks dead; held: it looks slow; or corrupted."""
 
     def __init__(self, target_url: str) -> None:
-        rest = target_url.rpartition("@")[2]
-        host, _, port = rest.partition("/")[0].partition(":")
-        self._target = (host, int(port))
+        parts = urlsplit(target_url)
+        host, port = parts.hostname, parts.port
+        self._target = (host, port)
         self.port = pick_port()
         self.url = target_url.replace(f"{host}:{port}", f"127.0.0.1:{self.port}")
         self._server: asyncio.Server | None = None

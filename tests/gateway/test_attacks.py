@@ -1,26 +1,52 @@
 """What strangers can cost us: keys that nobody was given, however many, take neither PostgreSQL nor memory."""
 
 import asyncio
+import contextlib
 import itertools
 import tracemalloc
 from collections import Counter
 
+import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
 from services.gateway.guesses import Guesses
 from services.gateway.keys import KeyStore
 from services.gateway.repository import KeyRepository
-from shared import apikeys
+from shared import apikeys, http_protocol
 from shared.clock import SystemClock
 from shared.errors import RateLimited, Unauthenticated
 from shared.limits import RedisLink
 from shared.telemetry import GatewayMetrics
 from tests.conftest import Components
-from tests.gateway.harness import PEPPERS
+from tests.gateway.harness import PEPPERS, Directory, Gateway
 
 PER_MINUTE, ADDRESSES, REMEMBERED_MAX = 5, 200, 500
 LOOKUPS = "tollgate_gateway_key_lookups_total"
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-slow: "], ids=["silent", "slow"])
+async def test_clients_that_never_finish_a_head_are_hung_up_on_and_bother_nobody(
+    gateway: Gateway, directory: Directory, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    key, port = await directory.create_key(limits={"minute": 100_000}), int(gateway.url.rpartition(":")[2])
+    statuses = Counter([(await gateway.http.get("/v1/models", headers=key.headers)).status_code])
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.5)
+    slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+    for _, writer in slow:
+        writer.write(head)
+    ended = asyncio.gather(*(reader.read() for reader, _ in slow), return_exceptions=True)
+    while not ended.done():
+        with contextlib.suppress(httpx.TransportError):  # a connection of our own that was new, and late as well
+            statuses[(await gateway.http.get("/v1/models", headers=key.headers)).status_code] += 1
+        for _, writer in slow:
+            if head and not writer.is_closing():
+                writer.write(b"x")
+        await asyncio.sleep(0.02)
+    assert [got for got in await ended if isinstance(got, bytes) and got] == []  # not a word
+    assert statuses.keys() == {200}
+    for _, writer in slow:
+        writer.close()
 
 
 @pytest.mark.parametrize(

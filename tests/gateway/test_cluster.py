@@ -1,12 +1,14 @@
 """The gateway on a real Redis Cluster, told of changes by auth's own client of it."""
 
 import contextlib
+import signal
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 
 import pytest
 import pytest_asyncio
 from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import RedisError
 
 from services.auth.clients import ChangeChannel
 from services.auth.errors import RedisDown
@@ -62,6 +64,36 @@ async def test_keys_limits_revocations_and_events_work_on_every_node(
         return int(await client.xlen(USAGE_STREAM)) >= 30
 
     await eventually(are_written)
+
+
+async def test_a_cluster_without_a_majority_is_as_good_as_no_redis(
+    directory: Directory, cluster: ValkeyCluster, database_url: str, backend: Backend
+) -> None:
+    """CLUSTERDOWN: keys from PostgreSQL, limits in this process; and Redis decides again when it is back."""
+    survivor = next(node for node in cluster.nodes if node.is_primary)
+    key = next(
+        key
+        for key in [await directory.create_key(limits={"minute": 3}) for _ in range(40)]
+        if cluster.primary_of(f"{{{key.org_id}}}:x") is survivor
+    )
+    others = [node for node in cluster.nodes if node is not survivor]
+    async with gateway(settings(cluster.url, database_url, backend.url, gateway_redis_timeout_ms=2_000)) as running:
+        for node in others:
+            node.signal(signal.SIGSTOP)
+        await eventually(lambda: "cluster_state:fail" in survivor.ask("CLUSTER", "INFO"))
+        with pytest.raises(RedisError, match="cluster is down"):
+            survivor.ask("GET", f"{{{key.org_id}}}:x")
+        statuses = [(await running.http.get("/v1/models", headers=key.headers)).status_code for _ in range(4)]
+        assert statuses == [200, 200, 200, 429]
+        for node in others:
+            node.signal(signal.SIGCONT)
+
+        async def is_counted_there() -> bool:
+            await running.http.get("/v1/models", headers=key.headers)
+            primary = cluster.primary_of(f"{{{key.org_id}}}:x")
+            return bool(primary.ask("KEYS", f"{{{key.org_id}}}:limit:*"))
+
+        await eventually(is_counted_there)
 
 
 async def test_auth_notices_that_another_server_answers(client: RedisCluster, cluster: ValkeyCluster) -> None:

@@ -24,8 +24,16 @@ GATEWAYS = 4
 
 @pytest_asyncio.fixture(scope="module")
 async def service() -> AsyncIterator[Backend]:
+    """Answers, and remembers nothing: a million requests are asked of it."""
     async with harness.backend() as app:
+        app.handlers["/v1/models"] = _models
         yield app
+
+
+async def _models(_scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await harness.answer(send, 200, b"{}")
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -107,6 +115,7 @@ async def test_a_revocation_reaches_every_gateway_under_load(
     gateways: Fleet, directory: Directory, published: bool, keys: int
 ) -> None:
     """Whatever was sent after auth had told Redis is refused, on all gateways, also when nobody hears of it."""
+    began_at: dict[str, float] = {}
     revoked_at: dict[str, float] = {}
     created = [await directory.create_key(limits={"minute": 100_000, "hour": 500_000}) for _ in range(keys)]
     answers: dict[str, list[Answer]] = {key.secret: [] for key in created}
@@ -121,6 +130,7 @@ async def test_a_revocation_reaches_every_gateway_under_load(
         running = [asyncio.create_task(load(client, random.Random(i))) for i, client in enumerate(clients)]
         await eventually(lambda: all(len(seen) > 10 for seen in answers.values()), 60)
         for key in created:
+            began_at[key.secret] = time.monotonic()
             await directory.revoke(key, published=published)
             revoked_at[key.secret] = time.monotonic()
         counts = {secret: len(seen) for secret, seen in answers.items()}
@@ -128,10 +138,14 @@ async def test_a_revocation_reaches_every_gateway_under_load(
         done.set()
         await asyncio.gather(*running)
     for secret, seen in answers.items():
-        assert {a.status for a in seen if a.received_s < revoked_at[secret] - 1} <= {200}
+        assert {a.status for a in seen if a.received_s < began_at[secret]} == {200}
         late = [a for a in seen if a.sent_s > revoked_at[secret]]
         assert late
         assert {a.status for a in late} == {401}
+    worst_s = max(max(a.sent_s for a in answers[s] if a.status == 200) - began_at[s] for s in revoked_at)
+    print(
+        f"revoked under load, published {published}: the last admitted was sent {worst_s * 1e3:.1f} ms after auth began"
+    )
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=[pytest.mark.torture, pytest.mark.timeout(900)])])
@@ -170,6 +184,85 @@ async def test_clients_that_hang_up_leave_no_place_taken(
     async with gateways.clients(each=1) as clients:
         assert {a.status for a in await burst(clients, key.secret, 2)} == {200}
     await eventually(lambda: _has_no_leases(redis, key), 60)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+async def test_how_soon_a_service_learns_that_its_client_left(
+    gateways: Fleet, directory: Directory, service: Backend
+) -> None:
+    """Stated: under 100 ms on a quiet machine; ten times that on any."""
+    entered, left = asyncio.Event(), asyncio.Event()
+
+    async def stream(_scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        entered.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+
+    service.handlers["/v1/chat/completions"] = stream
+    key = await directory.create_key(limits={"minute": 10_000})
+    request = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-api-key: {key.secret}\r\ncontent-length: 0\r\n\r\n"
+    took_s = []
+    for i in range(400):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateways.processes[i % GATEWAYS].port)
+        writer.write(request.encode())
+        await entered.wait()
+        await reader.readuntil(b"begun")
+        began = time.monotonic()
+        writer.transport.abort()
+        await left.wait()
+        took_s.append(time.monotonic() - began)
+        entered.clear()
+        left.clear()
+    took_s.sort()
+    print(
+        f"a client left: its service knew after {took_s[200] * 1e3:.1f} ms p50, {took_s[396] * 1e3:.1f} p99, "
+        f"{took_s[-1] * 1e3:.1f} at most"
+    )
+    assert took_s[396] < 1
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+async def test_a_key_far_over_its_limit_bothers_no_other(gateways: Fleet, directory: Directory) -> None:
+    """One key asks at 50 times its limit of 60 a minute; the others' latency, with it and without, in turns."""
+    limits = {"minute": 1_000_000, "hour": 1_000_000, "day": 10**9}
+    others, hot = [await directory.create_key(limits=limits) for _ in range(10)], await directory.create_key()
+    took_s: dict[bool, list[float]] = {False: [], True: []}
+    statuses: Counter[int] = Counter()
+    is_hot = is_over = False
+
+    async def ordinary(client: Client, rng: random.Random) -> None:
+        while not is_over:
+            asked_with = is_hot
+            answer = await ask(client, rng.choice(others).secret)
+            if asked_with is is_hot:
+                took_s[is_hot].append(answer.received_s - answer.sent_s)
+            await asyncio.sleep(0.02)
+
+    async def flood(client: Client) -> None:
+        while not is_over:
+            if is_hot:
+                statuses[await client.get("/v1/models", hot.secret)] += 1
+            await asyncio.sleep(0.08)
+
+    async with gateways.clients(each=3) as clients:
+        tasks = [asyncio.create_task(ordinary(c, random.Random(i))) for i, c in enumerate(clients[4:])]
+        tasks += [asyncio.create_task(flood(client)) for client in clients[:4]]
+        for _ in range(12):
+            await asyncio.sleep(4)
+            is_hot = not is_hot
+        is_over = True
+        await asyncio.gather(*tasks)
+    p99 = {which: sorted(times)[int(len(times) * 0.99)] for which, times in took_s.items()}
+    print(f"a hot key ({dict(statuses)}): others' p99 {p99[False] * 1e3:.2f} ms without, {p99[True] * 1e3:.2f} with it")
+    assert statuses[429] > 10 * statuses[200]
+    assert p99[True] < 3 * p99[False]
 
 
 @pytest.mark.torture
@@ -237,7 +330,7 @@ async def test_a_frozen_redis_is_hardly_noticed(database_url: str, service: Back
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(3_600)
+@pytest.mark.timeout(7_200)
 async def test_a_million_requests_leave_memory_flat(gateways: Fleet, directory: Directory) -> None:
     limits = {"minute": 1_000_000, "hour": 1_000_000, "day": 10**9, "concurrency": 1_000}
     keys = [await directory.create_key(limits=limits) for _ in range(100)]

@@ -14,7 +14,7 @@ from shared import apikeys
 from shared.clock import SystemClock
 from shared.identity import HEADER, Identity, IdentityRing
 from tests.conftest import Components
-from tests.gateway.harness import IDENTITY_KEYS, Backend, Directory, Gateway, gateway, settings
+from tests.gateway.harness import IDENTITY_KEYS, Backend, Directory, Gateway, Key, gateway, settings
 from tests.gateway.outages import Valkey, eventually, own_valkey
 
 LOOKUPS = "tollgate_gateway_key_lookups_total"
@@ -50,13 +50,18 @@ async def test_junk_reaches_neither_redis_nor_postgresql(valkey: Valkey, databas
     configured = settings(valkey.url, database_url, backend.url, gateway_heartbeat_interval_s=3_600)
     async with gateway(configured) as running, Redis.from_url(valkey.url) as redis:
         await eventually(lambda: _has_beaten(redis))
-        before = await redis.info("stats")
+        before = await _looked(redis)
         for secret in junk:
             response = await running.http.get("/v1/models", headers=[(b"x-api-key", secret.encode())])
             assert response.status_code == 401
-        after = await redis.info("stats")
-        assert after["total_commands_processed"] - before["total_commands_processed"] == 1  # the first INFO
+        assert await _looked(redis) == before
         assert await running.metric(LOOKUPS, source="postgres") == 0
+
+
+async def _looked(redis: Redis) -> int:
+    """How often anything was read or decided; events of usage are written all the time."""
+    stats = await redis.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("get", "mget", "eval", "evalsha"))
 
 
 async def _has_beaten(redis: Redis) -> bool:
@@ -124,13 +129,19 @@ async def test_an_emptied_redis_lets_no_revoked_key_through(
 
 
 async def test_expiry_is_judged_at_use(gateway: Gateway, directory: Directory) -> None:
-    key = await directory.create_key(expires_at=datetime.now(UTC) + timedelta(seconds=1.5))
-    assert (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 200
+    for life_s in (1.5, 10, 50):
+        key = await directory.create_key(expires_at=datetime.now(UTC) + timedelta(seconds=life_s))
 
-    async def is_refused() -> bool:
-        return (await gateway.http.get("/v1/models", headers=key.headers)).status_code == 401
+        async def status(key: Key = key) -> int:
+            return (await gateway.http.get("/v1/models", headers=key.headers)).status_code
 
-    await eventually(is_refused)
+        async def is_refused() -> bool:
+            return await status() == 401
+
+        if await status() == 200:  # on a busy machine it may be over before it was ever shown
+            await eventually(is_refused)
+            return
+    raise AssertionError("it never worked")
 
 
 async def test_changed_limits_take_effect_on_the_next_request(gateway: Gateway, directory: Directory) -> None:
@@ -147,10 +158,16 @@ async def test_a_burst_on_a_cold_key_is_one_read(gateway: Gateway, directory: Di
     key = await directory.create_key(limits={"concurrency": 100})
     responses = await asyncio.gather(*(gateway.http.get("/v1/models", headers=key.headers) for _ in range(30)))
     assert {r.status_code for r in responses} == {200}
-    reads = await directory.connection.fetchval(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tollgate-gateway'"
-    )
-    assert reads == 1
+
+    async def was_one_connection() -> bool:
+        """Those of gateways that have ended go; those of this one stay for minutes."""
+        return bool(
+            await directory.connection.fetchval(
+                "SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'tollgate-gateway'"
+            )
+        )
+
+    await eventually(was_one_connection)
 
 
 async def test_unknown_keys_are_remembered_and_guessing_is_bounded(

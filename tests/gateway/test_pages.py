@@ -19,7 +19,7 @@ from services.gateway.upstreams import ROUTES, RouteTable
 from shared.apikeys import USAGE_STREAM
 from tests.conftest import Components
 from tests.gateway.harness import Backend, Directory, Gateway, answer, gateway, settings
-from tests.gateway.outages import eventually
+from tests.gateway.outages import DEADLINE_S, eventually
 
 
 def part(paths: list[str], schema: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +103,12 @@ async def test_the_document_survives_a_service_that_is_down(
     backend.handlers["/openapi.json"] = openapi
     nowhere = f"http://127.0.0.1:{pick_port()}"
     async with gateway(settings(components.redis_url, database_url, backend.url, auth_url=nowhere)) as running:
-        document = (await running.http.get("/openapi.json")).json()
-    assert list(document["paths"]) == ["/v1/models"]
+
+        async def is_there() -> bool:  # a service that was too late is asked again after some seconds
+            document = (await running.http.get("/openapi.json")).json()
+            return list(document["paths"]) == ["/v1/models"]
+
+        await eventually(is_there)
 
 
 async def test_readiness_and_documentation_cost_the_services_no_more_for_many_visitors(
@@ -122,6 +126,7 @@ async def test_readiness_and_documentation_cost_the_services_no_more_for_many_vi
         components.redis_url, database_url, backend.url, auth_url=nowhere, gateway_services_interval_s=3_600
     )
     async with gateway(configured) as running:
+        await running.ready(billing="ok", chat="ok", inference="ok")
         for path in ("/readyz", "/openapi.json"):
             responses = await asyncio.gather(*(running.http.get(path) for _ in range(20)))
             assert {r.status_code for r in responses} == {200}
@@ -171,7 +176,7 @@ async def test_usage_events_say_who_and_how(
     response = await gateway.http.post(
         "/v1/chat/completions?secret=1", content=b"0123456789", headers={**key.headers, "x-request-id": "usage-test-1"}
     )
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while not (events := await _events(redis, "usage-test-1")):
             await asyncio.sleep(0.05)
     [event] = events

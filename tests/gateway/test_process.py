@@ -10,6 +10,7 @@ import httpx
 
 from deploy.local.ports import pick_port
 from tests.conftest import ROOT, Components
+from tests.gateway.fleet import PATIENT
 from tests.gateway.harness import IDENTITY_KEYS, PEPPERS, Backend, Directory, Key
 from tests.gateway.outages import DEADLINE_S, eventually
 
@@ -30,6 +31,8 @@ async def start(port: int, components: Components, database_url: str, backend: B
             "TOLLGATE_REDIS_URL": components.redis_url,
             "TOLLGATE_IDENTITY_KEYS": IDENTITY_KEYS,
             "TOLLGATE_API_KEY_PEPPERS": PEPPERS,
+            "TOLLGATE_GATEWAY_DRAIN_IDLE_S": "10",  # a client on a busy machine may be late with its next request
+            **PATIENT,
             **{f"TOLLGATE_{s}_URL": backend.url for s in ("AUTH", "BILLING", "CHAT", "INFERENCE")},
         },
         stdout=asyncio.subprocess.PIPE,
@@ -53,7 +56,9 @@ async def test_it_serves_and_drains(
     port = pick_port()
     process = await start(port, components, database_url, backend)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=START_DEADLINE_S, trust_env=False
+        ) as http:
 
             async def is_up() -> bool:
                 try:
@@ -61,13 +66,16 @@ async def test_it_serves_and_drains(
                 except httpx.TransportError:
                     return False
 
-            await eventually(is_up)
-            checks = (await http.get("/readyz")).json()["checks"]
-            assert (checks["redis"], checks["postgres"]) == ("ok", "ok")  # also under uvloop
+            async def reaches_its_stores() -> bool:
+                checks = (await http.get("/readyz")).json()["checks"]
+                return (checks["redis"], checks["postgres"]) == ("ok", "ok")  # also under uvloop
+
+            await eventually(is_up, START_DEADLINE_S)
+            await eventually(reaches_its_stores)
             request = asyncio.create_task(http.post(CHAT, headers=key.headers))
             await asyncio.wait_for(entered.wait(), DEADLINE_S)
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.2)
+            await eventually(lambda: _is_closed(port))
             assert process.returncode is None
             gate.set()
             assert (await request).text == "begun and done"
@@ -157,6 +165,10 @@ async def test_a_rolling_restart_loses_no_request(
             if process.returncode is None:
                 process.kill()
         await asyncio.gather(*drained)
+
+
+async def _is_closed(port: int) -> bool:
+    return not await _listens(port)
 
 
 async def _listens(port: int) -> bool:

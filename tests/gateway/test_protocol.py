@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from services.gateway.protocol import PIPELINED_MAX
-from services.gateway.relay import Cors
+from services.gateway.relay import Cors, Timeouts
 from tests.gateway.wires import Wired
 
 POST = (
@@ -205,6 +205,21 @@ async def test_a_client_that_leaves_is_noticed_at_once(wired: Wired) -> None:
     await send(wired, [POST])
     wired.front.connection_lost(None)
     assert wired.service.is_closed  # in the same turn of the loop
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "failures"),
+    [(Timeouts(first_byte_s=0, idle_s=60, total_s=60), 1), (Timeouts(first_byte_s=60, idle_s=60, total_s=0), 0)],
+    ids=["no first byte", "too long in all"],
+)
+async def test_only_silence_speaks_against_a_replica(timeouts: Timeouts, failures: int) -> None:
+    wired = Wired(timeouts=timeouts)
+    await send(wired, [POST])
+    wired.relay._sweep()
+    assert wired.client.take().startswith(b"HTTP/1.1 504")
+    assert wired.service.is_closed
+    assert wired.upstream.replicas[0]._failures == failures
+    wired.close()
 
 
 async def test_an_answer_that_comes_before_the_request_has_ended_is_the_last(wired: Wired) -> None:

@@ -20,20 +20,21 @@ from services.gateway.access_log import AccessLog
 from services.gateway.discovery import Discovery
 from services.gateway.exchange import Exchange
 from services.gateway.replicas import FAILURES_MAX, PROBES_MISSED_MAX, PoolSettings, Replica, Upstream
-from shared.clock import FixedClock
+from shared.clock import Clock, FixedClock, SystemClock
 from shared.errors import Unavailable
 from shared.telemetry import GatewayMetrics
 from tests.conftest import Components
 from tests.gateway import harness
 from tests.gateway.harness import Directory, gateway, settings
-from tests.gateway.outages import eventually
+from tests.gateway.outages import DEADLINE_S, eventually
 
 CHAT = "/v1/chat/completions"
 
 
-def upstream(urls: list[str], clock: FixedClock | None = None, **changes: Any) -> Upstream:
+def upstream(urls: list[str], clock: Clock | None = None, **changes: Any) -> Upstream:
     clock = clock or FixedClock(datetime(2026, 11, 21, tzinfo=UTC))
-    return Upstream("chat", urls, clock, PoolSettings(**changes), GatewayMetrics(CollectorRegistry()))
+    pools = PoolSettings(**{"connect_timeout_s": 60, **changes})
+    return Upstream("chat", urls, clock, pools, GatewayMetrics(CollectorRegistry()))
 
 
 @contextlib.asynccontextmanager
@@ -129,15 +130,43 @@ async def test_one_that_does_not_answer_probes_is_the_last_choice() -> None:
 
 async def test_connections_have_a_limit_and_who_waits_gets_the_next_that_is_free() -> None:
     async with listener() as one:
-        service = upstream([one], connections_max=2, connect_timeout_s=20)
+        service = upstream([one], connections_max=2)
         _, first = await service.connect()
         await service.connect()
         waiting = asyncio.create_task(service.connect())
         await asyncio.sleep(0)
         assert service.replicas[0].pool.outstanding == 2
         first.abandon()
-        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(waiting, DEADLINE_S)
         assert service.replicas[0].pool.outstanding == 2
+        service.close()
+
+
+async def test_who_waits_no_longer_is_forgotten() -> None:
+    async with listener() as one:
+        service = upstream([one], SystemClock(), connections_max=1)
+        await service.connect()
+        service._settings = PoolSettings(connect_timeout_s=0.01)
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="busy"):
+                await service.connect()
+        assert not service._waiting
+        service.close()
+
+
+@pytest.mark.parametrize("is_woken", [False, True])
+async def test_one_that_leaves_while_it_waits_takes_nobodys_turn(is_woken: bool) -> None:
+    async with listener() as one:
+        service = upstream([one], connections_max=1)
+        _, only = await service.connect()
+        leaving, staying = asyncio.create_task(service.connect()), asyncio.create_task(service.connect())
+        await asyncio.sleep(0)
+        if is_woken:  # it is told, and leaves before it can act on it
+            service._wake()
+        leaving.cancel()
+        only.abandon()
+        await asyncio.wait_for(staying, DEADLINE_S)
+        assert leaving.cancelled()
         service.close()
 
 
@@ -191,7 +220,7 @@ async def test_replicas_come_and_go_under_load_without_a_lost_request(
             done = asyncio.Event()
 
             async def ask() -> None:
-                async with httpx.AsyncClient(base_url=running.url, timeout=30, trust_env=False) as client:
+                async with httpx.AsyncClient(base_url=running.url, timeout=DEADLINE_S, trust_env=False) as client:
                     while not done.is_set():
                         statuses[(await client.post(CHAT, headers=key.headers, json={})).status_code] += 1
 

@@ -13,8 +13,9 @@ from redis.asyncio import Redis
 from shared import apikeys
 from shared.access_tokens import version_name
 from tests.conftest import Components
-from tests.gateway.harness import Backend, Directory, Gateway, Tokens, gateway, settings
+from tests.gateway.harness import Backend, Directory, Gateway, gateway, settings
 from tests.gateway.outages import eventually
+from tests.gateway.signing import Tokens
 
 
 @pytest_asyncio.fixture
@@ -71,20 +72,30 @@ async def test_what_is_not_auths_token_is_refused(tokens: Tokens, gateway: Gatew
         tokens.sign()[:-4] + "AAAA",
         "a.b.c",
     ]
-    for token in refused:
-        response = await gateway.http.get("/v1/models", headers=bearer(token))
+    answers = set()
+    for token in [*refused, apikeys.generate()]:
+        headers = {**bearer(token), "x-request-id": "same-for-all"}
+        response = await gateway.http.get("/v1/models", headers=headers)
         assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), token
+        answers.add((str(sorted((k, v) for k, v in response.headers.items() if k != "date")), response.text))
+    assert len(answers) == 1
     assert (await gateway.http.get("/v1/models", headers=bearer(tokens.sign()))).status_code == 200
 
 
 async def test_expiry_is_judged_at_use(tokens: Tokens, gateway: Gateway) -> None:
-    token = tokens.sign(exp=int(time.time()) + 2)
-    assert (await gateway.http.get("/v1/models", headers=bearer(token))).status_code == 200
+    for life_s in (2, 10, 50):
+        token = tokens.sign(exp=int(time.time()) + life_s)
 
-    async def is_refused() -> bool:
-        return (await gateway.http.get("/v1/models", headers=bearer(token))).status_code == 401
+        async def status(token: str = token) -> int:
+            return (await gateway.http.get("/v1/models", headers=bearer(token))).status_code
 
-    await eventually(is_refused)
+        async def is_refused() -> bool:
+            return await status() == 401
+
+        if await status() == 200:  # on a busy machine it may be over before it was ever shown
+            await eventually(is_refused)
+            return
+    raise AssertionError("it never worked")
 
 
 async def test_a_new_signing_key_is_fetched_when_its_first_token_comes(
@@ -134,7 +145,7 @@ async def test_unknown_signing_keys_cost_auth_a_few_fetches_at_most(
     for _ in range(5):
         forged = [bearer(tokens.sign(kid=uuid4().hex)) for _ in range(10)]
         await asyncio.gather(*(gateway.http.get("/v1/models", headers=headers) for headers in forged))
-    assert 1 <= fetches <= 3 + (time.monotonic() - began) / 5
+    assert 1 <= fetches <= 3 + 1 + (time.monotonic() - began) / 5  # one is the background's own
 
 
 async def test_bad_tokens_of_one_address_are_bounded(

@@ -44,9 +44,9 @@ async def test_a_client_that_never_reads_is_hung_up_on(
                 if c.status in (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)
             )
 
+        await eventually(is_served)
         await loop.sock_sendall(client, (PAGE + b"\r\n") * (PAGES - 1) + PAGE + b"connection: close\r\n\r\n")
         assert await loop.sock_recv(client, 12) == b"HTTP/1.1 200"
-        assert is_served()
         await eventually(lambda: not is_served())
         client.close()
 
@@ -65,8 +65,9 @@ async def test_clients_that_never_read_do_not_speak_against_the_service(
         await send({"type": "http.response.body", "body": b""})
 
     key = await directory.create_key(limits={"minute": 1_000, "hour": 1_000, "day": 1_000, "concurrency": 50})
-    configured = settings(components.redis_url, database_url, backend.url, gateway_idle_timeout_s=0.5)
+    configured = settings(components.redis_url, database_url, backend.url, gateway_idle_timeout_s=4)
     async with gateway(configured) as running:
+        assert (await running.http.post(CHAT, headers=key.headers)).status_code == 200
         backend.handlers[CHAT] = pour
         clients = [await client_of(running) for _ in range(2 * FAILURES_MAX)]
         asked = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: {key.secret}\r\ncontent-length: 0\r\n\r\n"

@@ -171,10 +171,10 @@ def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     lines = [f"{name}={value}" for name, value in SECRETS.items()]
     environment.write_text((ROOT / ".env.example").read_text() + "\n".join(lines) + "\n")
     command = ["docker-compose", "--env-file", str(environment), "config"]
-    accepted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    accepted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert accepted.returncode == 0, accepted.stderr
     environment.write_text((ROOT / ".env.example").read_text())
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode != 0
     assert "in .env" in refused.stderr
 
@@ -225,7 +225,7 @@ def run_isolated(program: str, directory: Path) -> None:
     """With this environment's packages and the directory's code, nothing of the checkout's."""
     code = f"import sys; sys.path.insert(0, {str(directory)!r}); {program}"
     command = [sys.executable, "-I", "-B", "-c", code]
-    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -352,5 +352,5 @@ def test_every_service_is_scraped_where_it_listens(compose: Json) -> None:
 def test_prometheus_own_tools_accept_the_configuration(command: tuple[str, ...]) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

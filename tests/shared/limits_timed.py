@@ -68,7 +68,8 @@ def check(decision: Decision, oracle: Oracle, limits: Limits, weight: int, time_
 
 @pytest_asyncio.fixture
 async def link(components: Components) -> AsyncIterator[RedisLink]:
-    async with RedisLink(components.redis_url, client_name="test-limits", timeout_ms=5_000) as link:
+    patient = {"timeout_ms": 60_000, "connect_timeout_ms": 60_000}  # a busy test machine is not an outage
+    async with RedisLink(components.redis_url, client_name="test-limits", **patient) as link:
         assert link.up
         yield link
 

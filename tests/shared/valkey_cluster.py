@@ -55,6 +55,7 @@ class Node:
     port: int
     bus_port: int
     process: subprocess.Popen[bytes] | None = None
+    is_frozen: bool = False
 
     @property
     def address(self) -> str:
@@ -68,15 +69,16 @@ class Node:
     def signal(self, signum: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(signum)
+        self.is_frozen = signum == signal.SIGSTOP
 
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process = None
+            self.process, self.is_frozen = None, False
 
     def ask(self, *command: str | int | bytes) -> Any:
-        with Redis(port=self.port, password=PASSWORD, socket_timeout=1, decode_responses=True) as client:
+        with Redis(port=self.port, password=PASSWORD, socket_timeout=10, decode_responses=True) as client:
             return client.execute_command(*command)
 
     @property
@@ -127,7 +129,7 @@ class ValkeyCluster:
     def primary_of(self, key: str) -> Node:
         """The node that serves a key, as the first living node sees it."""
         slot = key_slot(key.encode())
-        for asked in self.nodes:
+        for asked in (node for node in self.nodes if not node.is_frozen):
             with contextlib.suppress(RedisError, OSError):
                 for begin, end, primary, *_ in asked.ask("CLUSTER", "SLOTS"):
                     if int(begin) <= slot <= int(end):

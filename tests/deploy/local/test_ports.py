@@ -9,7 +9,7 @@ import pytest
 from deploy.local import ports
 from deploy.local.errors import LaunchError
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 ROOT = Path(__file__).parents[3]
 ALL = 4
 PICK = f"""

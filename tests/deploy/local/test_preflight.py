@@ -11,6 +11,7 @@ import pytest
 
 from deploy.local import preflight
 from deploy.local.errors import LaunchError
+from deploy.local.ports import pick_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -43,10 +44,10 @@ def test_full_disk(tmp_path: Path) -> None:
 
 
 def test_taken_port_names_port_and_variable() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(LaunchError, match=rf"Port {port} .*make up TOLLGATE_PORT="):
-            preflight.check_port(port)
+    port = pick_port()
+    taken = pytest.raises(LaunchError, match=rf"Port {port} .*make up TOLLGATE_PORT=")
+    with socket.create_server(("127.0.0.1", port)), taken:
+        preflight.check_port(port)
     preflight.check_port(port)
 
 
@@ -98,7 +99,7 @@ def test_old_python_is_told_in_a_sentence() -> None:
     source = (ROOT / "deploy" / "local" / "__main__.py").read_text()
     guard = source.partition("from deploy.local.bootstrap")[0]
     script = f"import sys\nsys.version_info = (3, 8, 10, 'final', 0)\n{guard}\nprint('went on')"
-    result = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False, timeout=30)
+    result = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 1
     assert re.fullmatch(r"Tollgate needs Python 3\.11 or newer; \S+ is 3\.8\.10.*PYTHON=python3\.12\n", result.stderr)
     assert "f'" not in guard
@@ -115,7 +116,7 @@ def test_nothing_to_do_in_an_empty_state(command: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=120,
     )
     assert "Traceback" not in result.stderr
     assert re.search(r"(no|No) (stack|logs)", result.stdout + result.stderr)

@@ -23,7 +23,7 @@ class Console:
     token: str = field(repr=False)
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": self.token}, timeout=10)
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": self.token}, timeout=60)
 
     def close(self) -> None:
         self.http.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-DEADLINE_S = 10
+DEADLINE_S = 60
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from functools import partial
@@ -32,6 +33,8 @@ TTL_MS_MAX = 15 * 60 * 1000
 TEXT_CHARS_MAX = 200
 DURATION_MS_MAX = 7 * 24 * 3600 * 1000
 UUID_VERSION_SORTED = 7
+UUID_TIME_SHIFT = 80
+HOLD_ID_AHEAD_MAX_MS = 24 * 3600 * 1000
 EXTENSIONS_MAX = 1_000  # of one hold
 STREAM_OPERATIONS_MAX = 10_000
 DRAIN_CHECK_S = 0.2
@@ -172,7 +175,7 @@ class _Stream:
 def _place(request: pb.HoldRequest) -> PlaceHold:
     return PlaceHold(
         wallet_id=_uuid(request.org_id, "org_id"),
-        hold_id=_hold_id(request.hold_id),
+        hold_id=_new_hold_id(request.hold_id),
         user_id=_optional_uuid(request.user_id, "user_id"),
         key_id=_optional_uuid(request.key_id, "key_id"),
         plan=_text(request.plan, "plan"),
@@ -295,6 +298,14 @@ def _hold_id(text: str) -> UUID:
     value = _uuid(text, "hold_id")
     if value.version != UUID_VERSION_SORTED:
         raise InvalidRequest("hold_id is a UUIDv7.", param="hold_id")
+    return value
+
+
+def _new_hold_id(text: str) -> UUID:
+    """Its time says in which month's partitions it is kept: one from a clock far ahead would be in none."""
+    value = _hold_id(text)
+    if value.int >> UUID_TIME_SHIFT > time.time() * 1000 + HOLD_ID_AHEAD_MAX_MS:
+        raise InvalidRequest("hold_id is of a time more than a day ahead.", param="hold_id", code="hold_id_in_future")
     return value
 
 

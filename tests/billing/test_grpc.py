@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -76,6 +77,7 @@ async def test_a_request_over_the_wire(app: App, org_id: UUID) -> None:
         ({"model": "nobody"}, NotFound, "model_not_priced"),
         ({"hold_id": "x"}, InvalidRequest, "invalid_request"),
         ({"hold_id": str(uuid4())}, InvalidRequest, "invalid_request"),
+        ({"hold_id": str(uuid7(int(time.time() * 1000) + 25 * 3_600_000))}, InvalidRequest, "hold_id_in_future"),
         ({"org_id": ""}, InvalidRequest, "invalid_request"),
         ({"ttl_ms": 0}, InvalidRequest, "invalid_request"),
         ({"ttl_ms": 2**31 - 1}, InvalidRequest, "invalid_request"),
@@ -93,6 +95,13 @@ async def test_refusals_travel_whole(
     with pytest.raises(error) as refused:
         await chat.call(LedgerStub(chat.channel).Hold, hold_request(org_id, **changes))
     assert refused.value.code == code
+    await chat.close()
+
+
+async def test_a_clock_that_is_a_little_ahead_may_name_a_hold(app: App, org_id: UUID) -> None:
+    chat = caller(app.grpc_target)
+    ahead = str(uuid7(int(time.time() * 1000) + 23 * 3_600_000))
+    assert (await chat.call(LedgerStub(chat.channel).Hold, hold_request(org_id, hold_id=ahead))).hold_id == ahead
     await chat.close()
 
 

@@ -126,7 +126,7 @@ def _desk(
         busy_s=service.limits.generation_timeout_s + CLAIM_MARGIN_S,
         kept_s=settings.chat_replay_kept_h * 3_600,
     )
-    replays = Replays(results)
+    replays = Replays(results, settings.chat_left_running_max)
     stack.push_async_callback(replays.close, settings.drain_timeout_s)
     cache = ResponseCache(
         service, treasury, link, CacheLimits(settings.chat_cache_ttl_s, settings.chat_cache_bytes_max)

@@ -186,6 +186,14 @@ def request_in_progress() -> Conflict:
     )
 
 
+def too_many_left(count: int) -> RateLimited:
+    return RateLimited(
+        f"{count} requests of this key run on, although their clients have left. Wait for one to end.",
+        code="concurrency_limit_exceeded",
+        retry_after_s=BUSY_RETRY_S,
+    )
+
+
 def idempotency_mismatch() -> Unprocessable:
     return Unprocessable(
         "This Idempotency-Key was used for another request. Use a new one.", code="idempotency_mismatch"

@@ -57,6 +57,7 @@ class ChatSettings(ServiceSettings):
     chat_retention_days: int = Field(default=30, ge=1, le=3_650)
     chat_cache_ttl_s: int = Field(default=3_600, ge=1)
     chat_cache_bytes_max: int = Field(default=64 * 1024, ge=1)
+    chat_left_running_max: int = Field(default=16, ge=1)  # requests of a key whose clients have left
     chat_replay_kept_h: int = Field(default=24, ge=1)
     chat_purge_interval_s: int = Field(default=60, ge=1)
     chat_hold_ttl_ms: int = Field(default=30_000, ge=1_000)

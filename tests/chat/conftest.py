@@ -160,6 +160,7 @@ async def surroundings(components: Components) -> AsyncIterator[Surroundings]:
         "chat_max_tokens_default": 40,
         "chat_generations_max": 3,
         "chat_choices_max": 3,
+        "chat_left_running_max": 2,
         "chat_priority_plans": ["gold"],
         "chat_breaker_failures_max": 10_000,  # the double fails on purpose
         "catalogue_refresh_ms": 100,

@@ -117,6 +117,40 @@ async def test_the_answer_is_there_for_a_client_that_lost_its_connection(chat: C
     assert len(chat.engine.generated) == 1
 
 
+async def test_requests_whose_clients_left_are_bounded_for_each_key(chat: Chat) -> None:
+    release = asyncio.Event()
+
+    async def slow(_: dict[str, Any]) -> Any:
+        yield chunk("one", 1)
+        await release.wait()
+        yield chunk("", 1, "stop")
+
+    chat.engine.chat = slow
+    for number in (1, 2):
+        asked = asyncio.create_task(send(chat, f"left-{number}", stream=True))
+
+        async def begun(number: int = number) -> bool:
+            return chat.engine.sent >= number
+
+        await until(begun)
+        asked.cancel()
+        await asyncio.wait((asked,))
+
+    async def is_refused() -> bool:  # once chat has noticed that both have gone
+        answer = await send(chat, "left-probe", max_tokens=10**9)
+        return answer.status_code == 429
+
+    await until(is_refused)
+    refused = await send(chat, "left-3")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "concurrency_limit_exceeded")
+    assert refused.headers["retry-after"] == "1"
+    release.set()
+    assert (await send(chat, "left-3", {"key_id": "another"})).status_code == 200
+    await until(chat.is_idle)
+    assert (await send(chat, "left-3")).status_code == 200
+    assert (await send(chat, "left-1", stream=True)).headers["idempotent-replayed"] == "true"
+
+
 async def test_without_a_key_leaving_still_stops_the_engine(chat: Chat) -> None:
     chat.engine.chat = endless
     async with chat.client() as client:

@@ -5,18 +5,21 @@
           ── another body ────────► Unprocessable (idempotency_mismatch)
           ── done ────────────────► Ticket with the recording
 
-A request with a key runs to its end whether or not its client stays: that is what the key is for. One that fails
-leaves the key free. A process that dies with it leaves the key busy until the claim runs out.
+A request with a key runs to its end whether or not its client stays: that is what the key is for. The gateway no longer
+counts one whose client has left among the concurrent ones, so this module does: who has `left_running_max` of them
+running gets no further key (in each process). One that fails leaves the key free. A process that dies with one leaves
+its key busy until the claim runs out.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.chat.errors import idempotency_mismatch, request_in_progress
+from services.chat.errors import idempotency_mismatch, request_in_progress, too_many_left
 from services.chat.repository.replays import ReplayRepository
 from services.chat.service.events import Event, Settled
 from services.chat.service.recording import Recording
@@ -36,6 +39,7 @@ class Ticket:
     """A claimed key, or, with a recording, an answer that is there already."""
 
     org_id: str
+    owner: str
     key: str
     attempt: str
     recording: Recording | None = None
@@ -44,16 +48,23 @@ class Ticket:
 class Replays:
     """Holds the requests that outlive their clients; close it when nothing new comes."""
 
-    def __init__(self, repository: ReplayRepository) -> None:
+    def __init__(self, repository: ReplayRepository, left_running_max: int) -> None:
         self._repository = repository
+        self._left_running_max = left_running_max
+        self._left: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def claim(self, caller: Identity, key: str, fingerprint: bytes) -> Ticket:
         """See the module. A key is its caller's own. Raises TollgateError."""
-        own, attempt = f"{caller.key_id or caller.user_id}:{key}", str(uuid7())
+        owner, attempt = caller.key_id or caller.user_id, str(uuid7())
+        own = f"{owner}:{key}"
         for _ in range(CLAIMS_MAX):
             if await self._repository.claim(caller.org_id, own, fingerprint, attempt):
-                return Ticket(caller.org_id, own, attempt)
+                ticket = Ticket(caller.org_id, owner, own, attempt)
+                if self._left[owner] >= self._left_running_max:
+                    await self._release(ticket)
+                    raise too_many_left(self._left_running_max)
+                return ticket
             found = await self._repository.find(caller.org_id, own)
             if found is None:
                 continue  # it was released between the two questions
@@ -61,7 +72,7 @@ class Replays:
             if first != fingerprint:
                 raise idempotency_mismatch()
             if result is not None:
-                return Ticket(caller.org_id, own, attempt, Recording.decode(result))
+                return Ticket(caller.org_id, owner, own, attempt, Recording.decode(result))
             break
         raise request_in_progress()
 
@@ -71,10 +82,20 @@ class Replays:
         task = asyncio.create_task(self._run(ticket, id_, created, events, feed))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        while (item := await feed.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        try:
+            while (item := await feed.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            if not task.done():
+                self._left[ticket.owner] += 1
+                task.add_done_callback(lambda _: self._returned(ticket.owner))
+
+    def _returned(self, owner: str) -> None:
+        self._left[owner] -= 1
+        if not self._left[owner]:
+            del self._left[owner]
 
     async def close(self, timeout_s: float) -> None:
         """Let what runs come to its end; what does not is cancelled, and its key released."""

@@ -200,7 +200,7 @@ class Models:
         Marks it ready on success. Raises TritonUnreachable, LoadFailed, BuildSilent, BuildRefused.
         """
         loaded = await self._triton.is_loaded(build.name, self._desired.of(build.name).version)
-        if not self._should_be_loaded(build, loaded):
+        if not self._should_be_loaded(build, loaded) and not await self._was_used(build):
             await self._put_away(build, loaded)
             return
         if not loaded:
@@ -256,6 +256,17 @@ class Models:
         if loaded and build.name not in self._lease_s:
             self._use(build.name)  # loaded before this process began
         return time.monotonic() < self._lease_s.get(build.name, 0.0)
+
+    async def _was_used(self, build: Build) -> bool:
+        """Of a ready build on demand whose lease is over: whether it was used since the last look, which may be long
+        ago on a busy machine. Raises as the canary."""
+        if not self.is_ready(build.name) or self._desired.of(build.name).wanted is not Wanted.AUTO:
+            return False
+        idle_s = await self._canary.idle_s(build) or 0.0
+        if not self.is_ready(build.name):
+            return False  # it had to make room meanwhile
+        self._use(build.name, idle_s)
+        return time.monotonic() < self._lease_s[build.name]
 
     def _use(self, build: str, idle_s: float = 0.0) -> None:
         if build not in self._statuses:

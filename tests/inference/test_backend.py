@@ -281,6 +281,19 @@ async def test_a_probe_is_answered_with_and_without_a_free_slot(backend: Backend
     assert after["kv_tokens_max"] == 1024
 
 
+async def test_the_metrics_of_a_build_are_complete(backend: BackendClient, triton: RunningTriton) -> None:
+    await backend.send("plain", chat(tokens=3)).all()
+    assert await refusal(backend.send("plain", {"messages": []}).all()) == "invalid_request"
+    figures = await idle(backend, triton, "plain")
+    gauges = {"queue_depth", "slots", "slots_busy", "kv_tokens", "kv_tokens_max"}
+    tokens = {"prompt_tokens_total", "cached_tokens_total", "completion_tokens_total"}
+    measured = {"queue_wait_seconds", "ttft_seconds", "time_per_token_seconds"}
+    spread = {f"{name}_{part}" for name in measured for part in ("sum", "count")}
+    assert figures.keys() >= gauges | tokens | spread | {"requests_total", "cancelled_total"}
+    assert figures["errors_total:invalid_request"] >= 1
+    assert all(figures[f"{name}_count"] >= 1 for name in measured)
+
+
 async def test_one_slot_is_always_for_another_tenant(backend: BackendClient, triton: RunningTriton) -> None:
     """`other` has two slots: a tenant that asks for both gets one."""
     await idle(backend, triton, "other")

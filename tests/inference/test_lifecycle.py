@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -24,24 +25,37 @@ NAMES = ("lazy", "lazier")
 ADMIN = "/api/v1/admin/inference/builds"
 
 
-@pytest.fixture
-async def lazy(
-    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+@asynccontextmanager
+async def with_builds_on_demand(
+    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch, **settings: str
 ) -> AsyncIterator[RunningService]:
-    """`frail` always, `lazy` and `lazier` on demand; two builds at most are loaded."""
+    """`frail` always, `lazy` and `lazier` on demand."""
     for name in NAMES:
         add_build(repository, name, "chat-mini-q8_0", {"slots": 2})
     entries = "".join(ON_DEMAND.format(name=name, context_tokens=1024) for name in NAMES)
     (repository / "catalogue.toml").write_text(CATALOGUE + entries)
-    settings = {"INFERENCE_IDLE_UNLOAD_MS": "1500", "INFERENCE_LOADED_BUILDS_MAX": "2"}
-    async with running_service(triton.grpc_address, repository, monkeypatch, **settings) as running:
-        yield running
-        (repository / "catalogue.toml").write_text(CATALOGUE)
+    try:
+        async with running_service(triton.grpc_address, repository, monkeypatch, **settings) as running:
+            try:
+                yield running
+            finally:
+                (repository / "catalogue.toml").write_text(CATALOGUE)
+                for name in NAMES:
+                    await running.gone(name)
+    finally:
+        (repository / "desired.json").unlink(missing_ok=True)
         for name in NAMES:
-            await running.gone(name)
-    (repository / "desired.json").unlink(missing_ok=True)
-    for name in NAMES:
-        shutil.rmtree(repository / name)
+            shutil.rmtree(repository / name)
+
+
+@pytest.fixture
+async def lazy(
+    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[RunningService]:
+    """Two builds at most are loaded; who is not used is unloaded soon."""
+    settings = {"INFERENCE_IDLE_UNLOAD_MS": "1500", "INFERENCE_LOADED_BUILDS_MAX": "2"}
+    async with with_builds_on_demand(triton, repository, monkeypatch, **settings) as service:
+        yield service
 
 
 async def ensure(service: RunningService, name: str, wait_ms: int = 60_000) -> inference_pb2.Build:
@@ -85,6 +99,21 @@ async def test_the_least_recently_used_makes_room(lazy: RunningService) -> None:
     await ensure(lazy, "lazy")
     assert (await ensure(lazy, "lazier")).state == READY
     assert (await lazy.builds())["lazy"].state == UNLOADED
+
+
+async def test_a_memory_that_fills_up_unloads_the_least_recently_used(
+    triton: RunningTriton, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 85 % in use; only what is on demand, which nothing else unloads within ten minutes."""
+    async with with_builds_on_demand(triton, repository, monkeypatch) as service:
+        await service.ready("frail")
+        for name in NAMES:
+            assert (await ensure(service, name)).state == READY
+        full = iter([Memory(total=1000, available=149)])
+        monkeypatch.setattr(memory, "machine_memory", lambda: next(full, Memory(total=1000, available=150)))
+        await service.until("lazy", lambda b: b.state == UNLOADED)
+        states = {name: build.state for name, build in (await service.builds()).items()}
+        assert states == {"frail": READY, "lazy": UNLOADED, "lazier": READY}
 
 
 async def test_an_operator_s_word_outlives_the_service(

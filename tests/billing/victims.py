@@ -22,7 +22,7 @@ from tests.billing.harness import ROOT, migrate, service_process
 from tests.billing.trap import Trap, Victim, WirePoint
 
 PROCESSES = 2
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 # What was abandoned is settled soon; and so are live holds, whose settlements then come late.
 SETTINGS = {"TOLLGATE_BILLING_HOLD_GRACE_S": "0.5", "TOLLGATE_BILLING_RECONCILE_INTERVAL_S": "0.5"}
 

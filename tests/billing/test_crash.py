@@ -86,7 +86,7 @@ class Load:
                 await asyncio.sleep(0.05)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_kill_9_of_the_service_under_load_neither_loses_nor_doubles_a_credit(owner_url: str) -> None:
     org_id, http_port, grpc_port = uuid4(), pick_port(), pick_port()
     chat = caller(f"127.0.0.1:{grpc_port}")

@@ -96,7 +96,7 @@ async def both_lead(callers: list[Caller]) -> bool:
     return len(set(reply.addresses)) == SHARDS and all(reply.addresses)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "failpoint",
     [name if name in SHORT else pytest.param(name, marks=pytest.mark.torture) for name in FAILPOINTS],

@@ -78,7 +78,7 @@ async def torture(state: Path, wire: Sequence[WirePoint], failpoints: Sequence[F
     return customers
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_process_and_a_database_that_die_in_mid_transaction_cost_nobody_a_credit(state: Path) -> None:
     customers = await torture(state, WIRE_POINTS_IN_SHORT, FAILPOINTS_IN_SHORT, 0)
     assert customers.done > REQUESTS_BETWEEN * 2

@@ -25,6 +25,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from shared.tallies import Count, PlainCounter, PlainHistogram, Spread
+
 GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
 GEN_AI_RESPONSE_MODEL = "gen_ai.response.model"
 GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"
@@ -49,13 +51,13 @@ class HttpMetrics:
     """RED of every HTTP server of ours. `route` is the template, never the raw path, so that labels are bounded."""
 
     def __init__(self, registry: CollectorRegistry, service: str) -> None:
-        self.requests = Counter(
+        self.requests = PlainCounter(
             "tollgate_http_requests_total",
             "Requests answered.",
             ["service", "method", "route", "status"],
             registry=registry,
         )
-        self.duration_s = Histogram(
+        self.duration_s = PlainHistogram(
             "tollgate_http_request_duration_seconds",
             "From the first byte of the request to the last of the response.",
             ["service", "method", "route"],
@@ -66,16 +68,14 @@ class HttpMetrics:
             "tollgate_http_requests_in_flight", "Requests being answered.", ["service"], registry=registry
         ).labels(service)
         self._service = service
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  # finding one by its labels is slow
+        self._series: dict[tuple[str, str, int], tuple[Count, Spread]] = {}
 
     def observe(self, method: str, route: str, status: int, duration_s: float) -> None:
-        series = self._series.get((method, route, status))
-        if series is None:
-            series = self._series[method, route, status] = (
-                self.requests.labels(self._service, method, route, str(status)),
-                self.duration_s.labels(self._service, method, route),
-            )
-        series[0].inc()
+        if (series := self._series.get((method, route, status))) is None:
+            names = self._service, method, route
+            series = self.requests.labels(*names, str(status)), self.duration_s.labels(*names)
+            self._series[method, route, status] = series
+        series[0].value += 1
         series[1].observe(duration_s)
 
 
@@ -105,24 +105,24 @@ class GrpcMetrics:
 
 class GatewayMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.admissions = Counter(
+        self.admissions = PlainCounter(
             "tollgate_gateway_admissions_total",
             "Admission decisions: admitted, or the error code of the refusal.",
             ["decision"],
             registry=registry,
         )
-        self.key_lookups = Counter(
+        self.key_lookups = PlainCounter(
             "tollgate_gateway_key_lookups_total",
             "Where API keys were found: process, redis, postgres, negative, junk.",
             ["source"],
             registry=registry,
         )
-        self.limiter_duration_s = Histogram(
+        self.limiter_duration_s = PlainHistogram(
             "tollgate_gateway_limiter_duration_seconds",
             "The admission call to Redis.",
             buckets=LATENCY_BUCKETS_S,
             registry=registry,
-        )
+        ).labels()
         self.redis_up = Gauge("tollgate_gateway_redis_up", "1 while Redis answers in time.", registry=registry)
         self.upstream_errors = Counter(
             "tollgate_gateway_upstream_errors_total",

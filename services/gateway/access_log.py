@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TextIO
 
 import orjson
@@ -38,7 +38,7 @@ class AccessLog:
         self._lines: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def write(self, exchange: Exchange, ended_at_s: float, duration_s: float) -> None:
+    def write(self, exchange: Exchange, ended_at: datetime, duration_s: float) -> None:
         """Note an exchange that has ended, unless it went well and is not in the sample."""
         if self._sample < 1 and exchange.complete and exchange.status < 400:
             self._due += self._sample
@@ -47,7 +47,7 @@ class AccessLog:
             self._due -= 1
         identity = exchange.identity
         line = {
-            "timestamp": datetime.fromtimestamp(ended_at_s, UTC),
+            "timestamp": ended_at,
             "level": "info",
             "service": self._service,
             "logger": "access",

@@ -7,14 +7,15 @@ A request that its scope forbids is still looked up in Redis (with weight 0: not
 gets its 401 before anything else.
 
 A step of it is Admitted; or Asking, to be judged once Redis has answered; or a coroutine's function, for all others:
-unknown keys, tokens, nobody at all, and everybody while Redis is away.
+unknown keys, tokens, nobody at all, and everybody while Redis is away. Who asks is remembered with the head that told
+it: a head that comes again, byte for byte, is the same key's for as long as this process knows the key.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from shared.limits import (
     Subject,
     TooManySubjects,
     Verdict,
+    admitted_headers,
     rate_limit_headers,
 )
 from shared.telemetry import GatewayMetrics
@@ -52,12 +54,11 @@ SCHEMES = ("bearer", "apikey")
 OWNERS = {"user": "the user", "organization": "the organisation"}
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """An admitted request: its caller, the headers of its response, and its place among the concurrent ones."""
 
     identity: Identity
-    headers: dict[str, str]
+    headers: bytes
     lease: Lease | None
 
 
@@ -69,12 +70,13 @@ class Asker(NamedTuple):
     address: str
     found: Found
     identity: Identity
+    subject: Subject
     denied: PermissionDenied | None
     weight: int
 
 
 class Asking(NamedTuple):
-    """Redis is being asked: when `question.call` ends there is something to judge."""
+    """Redis is being asked: what is to be called with the question then was given to `begin`."""
 
     asker: Asker
     question: Question
@@ -126,10 +128,18 @@ class Admission:
         self._duration_s = metrics.limiter_duration_s
         self.live_gateways = gateways
 
-    def begin(self, route: Route, method: str, shown: Shown, address: str) -> Step:
-        """Begin to let a request in. Every step raises Unauthenticated, PermissionDenied, RateLimited, Unavailable."""
+    def begin(
+        self, route: Route, method: str, head: RequestHead, address: str, then: Callable[[Question], None]
+    ) -> Step:
+        """Begin to let a request in; `then` hears of an Asking what is to be judged.
+
+        Every step raises Unauthenticated, PermissionDenied, RateLimited, Unavailable.
+        """
         try:
-            return self._begin(route, method, shown, address)
+            asker = head.asker
+            if asker is None or asker.address != address or not self._keys.still_known(asker.found.record):
+                return self._begin(route, method, head, address, then)
+            return self._asked(asker, then)
         except TollgateError as e:
             self._decisions.labels(e.code).inc()
             raise
@@ -137,6 +147,11 @@ class Admission:
     def judge(self, asking: Asking) -> Step:
         """Redis has answered; where that decides nothing, the coroutine goes on from there."""
         asker, question = asking
+        if question.is_admitted and asker.denied is None:
+            self._duration_s.observe(time.monotonic() - question.sent_s)
+            self._admitted.inc()
+            headers = admitted_headers(asker.subject, question.reply)
+            return Admitted(asker.identity, headers, self._limiter.admitted(question))
         decision = self._limiter.decided(question)
         if decision is None or decision.verdict is Verdict.STALE:
             return partial(self._counted, partial(self._admit_asker, asker, question))
@@ -162,9 +177,12 @@ class Admission:
         """Give back the place of a request that has ended."""
         (self._local if lease.local else self._limiter).release(lease)
 
-    def _begin(self, route: Route, method: str, shown: Shown, address: str) -> Step:
+    def _begin(
+        self, route: Route, method: str, head: RequestHead, address: str, then: Callable[[Question], None]
+    ) -> Step:
         if route.access is Access.PUBLIC:
             return partial(self._counted, partial(self._admit_anybody, route, address))
+        shown = self.shown(head)
         credential = shown.credential
         if not credential:
             raise Unauthenticated()
@@ -175,11 +193,14 @@ class Admission:
         if (found := self._keys.known(credential)) is None:
             return partial(self._counted, partial(self._admit_key, route, method, credential, address))
         asker = self._asker(route, method, address, found)
-        subject = found.record.subject(self._ceilings)
-        if (refusal := self._limiter.refused(subject, asker.weight)) is not None:
+        head.asker = asker if asker.denied is None else None
+        return self._asked(asker, then)
+
+    def _asked(self, asker: Asker, then: Callable[[Question], None]) -> Step:
+        if (refusal := self._limiter.refused(asker.subject, asker.weight)) is not None:
             return self._judged(asker.identity, asker.denied, refusal)
         try:
-            return Asking(asker, self._limiter.ask(subject, asker.weight))
+            return Asking(asker, self._limiter.ask(asker.subject, asker.weight, then))
         except RedisUnavailable:
             return partial(self._counted, partial(self._admit_asker, asker))
 
@@ -239,7 +260,7 @@ class Admission:
             except RedisUnavailable:
                 if not asker.found.fresh:  # without Redis only PostgreSQL knows whether the key still stands
                     asker = await self._refreshed(asker)
-                decision = self._decide_locally(self._local, asker.found.record.subject(self._ceilings), asker.weight)
+                decision = self._decide_locally(self._local, asker.subject, asker.weight)
             if decision.verdict is not Verdict.STALE:
                 return self._judged(asker.identity, asker.denied, decision)
             asker, question = await self._refreshed(asker), None
@@ -252,7 +273,8 @@ class Admission:
     def _asker(self, route: Route, method: str, address: str, found: Found) -> Asker:
         identity = found.record.identity(address)
         denied = _denial(route, method, identity) if found.record.may_be_used_from(address) else _wrong_address()
-        return Asker(route, method, address, found, identity, denied, 0 if denied else self._weight(route))
+        subject = found.record.subject(self._ceilings)
+        return Asker(route, method, address, found, identity, subject, denied, 0 if denied else self._weight(route))
 
     def _weight(self, route: Route) -> int:
         """What a request draws from its limits: as configured for the route, else as its table says."""
@@ -264,7 +286,7 @@ class Admission:
             return await self._timed(self._limiter.answer(question))
         if not asker.found.filled:
             raise RedisUnavailable("the key's version could not be written")
-        return await self._decide_in_redis(asker.found.record.subject(self._ceilings), asker.weight)
+        return await self._decide_in_redis(asker.subject, asker.weight)
 
     async def _decide(self, subject: Subject, weight: int, local: LocalLimiter) -> Decision:
         try:
@@ -295,7 +317,8 @@ class Admission:
         if not decision.admitted:
             raise _too_many(decision, headers)
         self._admitted.inc()
-        return Admitted(identity, headers, decision.lease)
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        return Admitted(identity, lines.encode(), decision.lease)
 
 
 def credential_of(authorization: str | None, x_api_key: str | None) -> str | None:

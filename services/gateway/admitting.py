@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from services.gateway.admission import Admitted, Asking, Step
 from services.gateway.exchange import Exchange
 from shared.errors import Internal, TollgateError
-from shared.limits import Lease
+from shared.limits import Lease, Question
 from shared.telemetry import get_logger
 
 if TYPE_CHECKING:
     from services.gateway.heads import RequestHead
+    from services.gateway.known import Asked
     from services.gateway.pool import UpstreamConnection
     from services.gateway.relay import Relay
     from services.gateway.replicas import Replica
@@ -34,19 +35,24 @@ class Admitting(Exchange):
     """See the module. Until `_send` or `fail`, whichever comes."""
 
     response_complete = False
+    is_whole = False  # the request's body is in
     _relay: Relay
+    _asked: Asked
     _target: Target
     _head: RequestHead
-    _limit_headers: dict[str, str] | None = None
+    _limit_headers = b""
     _lease: Lease | None = None
     _replica: Replica | None = None
     _asking: Asking | None = None
     _task: asyncio.Task[None] | None = None
 
     def admit(self) -> None:
-        """Begin. Not in this turn of the loop: a body that came with its head is read first, so that a refusal need
-        not close the connection."""
-        self._relay.loop.call_soon(self._begin)
+        """Begin. Not in this turn of the loop, unless the body is there: one that came with its head is read first,
+        so that a refusal need not close the connection."""
+        if self.is_whole:
+            self._begin()
+        else:
+            self._relay.loop.call_soon(self._begin)
 
     def fail(self, error: TollgateError) -> None:
         """Answer with an error."""
@@ -70,14 +76,14 @@ class Admitting(Exchange):
         route, admission = self._target.route, self._relay.admission
         assert route is not None
         try:
-            self._step(admission.begin(route, self.method, admission.shown(self._head), self.address))
+            self._step(admission.begin(route, self.method, self._head, self.address, self._judge))
         except TollgateError as e:
             self.fail(e)
         except Exception:
             log.exception("request_crashed", request_id=self.request_id, endpoint=self.route)
             self.fail(Internal())
 
-    def _judge(self, _: asyncio.Future[Any]) -> None:
+    def _judge(self, _: Question) -> None:
         asking, self._asking = self._asking, None
         if asking is None:
             return
@@ -91,7 +97,9 @@ class Admitting(Exchange):
 
     def _step(self, step: Step) -> None:
         if isinstance(step, Admitted):
-            self.identity, self._limit_headers, self._lease = step.identity, step.headers, step.lease
+            self.identity, self._limit_headers, self._lease = step
+            if self._asked.cut is not None and self._head.asker is not None:
+                self._relay.known_heads.remember(self._asked)
             upstream = self._relay.upstreams[self.service]
             if (taken := upstream.take()) is not None:
                 self._sent_by(taken)
@@ -99,7 +107,6 @@ class Admitting(Exchange):
                 self._wait(upstream.connect, self._sent_by)
         elif isinstance(step, Asking):
             self._asking = step
-            step.question.call.add_done_callback(self._judge)
         else:
             self._wait(step, self._step)
 

@@ -15,9 +15,8 @@ class Client(Protocol):
     def peer(self) -> str:
         """The address at its other end."""
 
-    @property
-    def date_lines(self) -> bytes:
-        """The headers that the server itself adds to every response."""
+    def opening(self, status: int) -> bytes:
+        """How every response with that status begins."""
 
     def write(self, data: bytes) -> None:
         """Send."""

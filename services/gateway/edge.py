@@ -6,6 +6,7 @@ Relayed paths never come here: protocol.py takes them out before.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 from starlette.types import Receive, Scope, Send
 
@@ -58,7 +59,7 @@ class Edge:
             duration_s = time.perf_counter() - started
             self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
             if exchange.route not in Pages.UNLOGGED:
-                self._access_log.write(exchange, time.time(), duration_s)
+                self._access_log.write(exchange, datetime.now(UTC), duration_s)
 
     async def _answer(self, exchange: PageExchange) -> None:
         if (error := normal_form_error(exchange.path, exchange.url)) is not None:

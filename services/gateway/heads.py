@@ -11,11 +11,14 @@ what is no HTTP: control characters in values, bare line feeds, two lengths, a l
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from services.gateway.errors import HeadersTooLarge
 from services.gateway.usage import BUILD_HEADER
 from shared.errors import InvalidRequest, Unauthenticated
+
+if TYPE_CHECKING:
+    from services.gateway.admission import Asker
 
 RawHeaders = list[tuple[bytes, bytes]]
 
@@ -54,8 +57,9 @@ NOT_FORWARDED = frozenset(
     )
 )
 NOTED = frozenset(
-    (b"accept-encoding", b"access-control-request-method", b"origin", b"x-csrf-token")
+    (b"accept-encoding", b"access-control-request-method", b"origin", b"traceparent", b"tracestate", b"x-csrf-token")
 )  # read here, and forwarded all the same
+TRACE_LINES = (b"traceparent:", b"tracestate:")
 SINGLE = (b"authorization", b"x-api-key", b"content-length", b"host", b"transfer-encoding")
 NOT_RETURNED = frozenset(
     (
@@ -78,7 +82,8 @@ NOT_RETURNED = frozenset(
         b"x-request-id",
     )
 )
-CORS_PREFIX = b"access-control-"
+KEPT_BACK = (INTERNAL_PREFIX, b"access-control-")
+ABOUT_BODY = frozenset((b"content-type", b"content-encoding", b"cache-control", b"etag"))
 COMPRESSIBLE = frozenset((b"application/json", b"application/problem+json", b"text/plain", b"text/html", b"text/csv"))
 OWN_CONNECTION_OPTIONS = frozenset((b"keep-alive", b"close", b""))
 _READ: Final = {name: name in NOTED for name in NOT_FORWARDED | NOTED}
@@ -96,13 +101,17 @@ STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 
 
 class RequestHead:
-    """`known` holds the headers that matter here, the first of each name; `lines` what goes on, each with its end."""
+    """`known` holds the headers that matter here, the first of each name; `lines` what goes on, each with its end.
 
-    __slots__ = ("is_chunked", "known", "length", "lines", "options")
+    `asker`: who asks, once admission knows.
+    """
+
+    __slots__ = ("asker", "is_chunked", "known", "length", "lines", "options")
 
     def __init__(self) -> None:
+        self.asker: Asker | None = None
         self.known: dict[bytes, bytes] = {}
-        self.lines: list[bytes] = []
+        self.lines = b""
         self.options: frozenset[bytes] = frozenset()
         self.length: int | None = None
         self.is_chunked = False
@@ -112,14 +121,15 @@ class RequestHead:
         return None if value is None else value.decode("latin-1")
 
 
-def read_request(headers: RawHeaders) -> RequestHead:
-    """Read a request's headers, names in lower case.
+def read_request(headers: RawHeaders, *, has_own_trace: bool = False) -> RequestHead:
+    """Read a request's headers, names in lower case. `has_own_trace`: ours goes on in place of the client's.
 
     Raises HeadersTooLarge, Unauthenticated for two credentials of a kind, InvalidRequest for framing that two servers
     could read in two ways.
     """
     head = RequestHead()
-    known, lines = head.known, head.lines
+    known = head.known
+    lines: list[bytes] = []
     size = 0
     for name, value in headers:
         size += len(name) + len(value)
@@ -136,13 +146,16 @@ def read_request(headers: RawHeaders) -> RequestHead:
             known[name] += b"," + value
         elif name in SINGLE:
             raise _repeated(name)
+    if has_own_trace:
+        lines = [line for line in lines if not line.startswith(TRACE_LINES)]
     if size > HEADER_BYTES_MAX or len(headers) > HEADERS_MAX:
         raise HeadersTooLarge()
     _read_framing(head)
     if b"connection" in known:
         head.options = connection_options(known[b"connection"])
         if not head.options <= OWN_CONNECTION_OPTIONS:
-            head.lines = [line for line in lines if line.partition(b":")[0] not in head.options]
+            lines = [line for line in lines if line.partition(b":")[0] not in head.options]
+    head.lines = b"".join(lines)
     return head
 
 
@@ -182,35 +195,40 @@ class ResponseHead:
         self.is_fixed = False
         self.has_policy = False
 
+    def note(self, name: bytes, value: bytes) -> None:
+        """One of ABOUT_BODY."""
+        if name == b"content-type":
+            self.content_type = value
+        elif name == b"content-encoding":
+            self.is_encoded = True
+        elif name == b"cache-control":
+            self.has_policy = True
+            self.is_fixed = self.is_fixed or b"no-transform" in value.lower()
+        else:
+            self.is_fixed = True  # a strong validator names these bytes and no others
+
     @property
     def is_compressible(self) -> bool:
         """Whether other bytes may stand for these: text, not encoded yet, and nothing forbids it."""
-        return self.content_type in COMPRESSIBLE and not self.is_encoded and not self.is_fixed
+        kind = self.content_type.partition(b";")[0].strip().lower()
+        return kind in COMPRESSIBLE and not self.is_encoded and not self.is_fixed
 
 
 def read_response(headers: RawHeaders) -> ResponseHead:
-    """Read a service's headers, names as they came."""
+    """Read a service's headers, names in lower case."""
     head = ResponseHead()
     lines = head.lines
     options: frozenset[bytes] = frozenset()
-    for raw_name, value in headers:
-        name = raw_name.lower()
+    for name, value in headers:
         if name in NOT_RETURNED:
             if name == b"connection":
                 options |= connection_options(value)
             continue
-        if name == b"content-type":
-            head.content_type = value.partition(b";")[0].strip().lower()
-        elif name == b"content-encoding":
-            head.is_encoded = True
-        elif name == b"cache-control":
-            head.has_policy = True
-            head.is_fixed = head.is_fixed or b"no-transform" in value.lower()
-        elif name == b"etag":
-            head.is_fixed = True  # a strong validator names these bytes and no others
-        elif name.startswith((INTERNAL_PREFIX, CORS_PREFIX)):
+        if name.startswith(KEPT_BACK):
             head.build = value if name == BUILD else head.build
             continue
+        if name in ABOUT_BODY:
+            head.note(name, value)
         lines.append(b"%b: %b\r\n" % (name, value))
     if not options <= OWN_CONNECTION_OPTIONS:
         head.lines = [line for line in lines if line.partition(b":")[0] not in options]

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from services.gateway.caches import BoundedCache
-from services.gateway.domain import KeyRecord, record_from_json, record_to_json
+from services.gateway.domain import ACTIVE, KeyRecord, record_from_json, record_to_json
 from services.gateway.flights import Flights
 from services.gateway.guesses import Guesses
 from services.gateway.repository import DatabaseUnavailable, KeyRepository
@@ -88,6 +88,14 @@ class KeyStore:
         self._known.inc()
         return Found(self._usable(record), fresh=False)
 
+    def still_known(self, record: KeyRecord) -> bool:
+        """Whether `known` would find this very record, for the key that it was found for. Raises Unauthenticated."""
+        if not self._link.up or self._records.get(record.digest) is not record:
+            return False
+        self._known.inc()
+        self._usable(record)
+        return True
+
     async def find(self, secret: str, address: str) -> Found:
         """The record of a key that is active and not expired, and not `known`.
 
@@ -120,7 +128,7 @@ class KeyStore:
         self.purge(message.decode("ascii", "replace"))
 
     def _usable(self, record: KeyRecord) -> KeyRecord:
-        if not record.is_usable(self._clock.now()):
+        if record.status != ACTIVE or (record.expires_at is not None and not record.is_usable(self._clock.now())):
             raise Unauthenticated()
         return record
 

@@ -32,7 +32,8 @@ class Receiver(Protocol):
     """Whom a response goes to. After `end` or `lost` nothing more comes."""
 
     def head(self, status: int, headers: RawHeaders, length: int | None) -> None:
-        """The head; `length` is None for a body whose end only its framing or the connection's end shows."""
+        """The head, names in lower case; `length` is None for a body whose end only its framing or the connection's
+        end shows."""
 
     def piece(self, data: bytes) -> None:
         """A piece of the body."""
@@ -143,7 +144,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._has_head:
-            self._headers.append((name, value))
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._unparsed = 0
@@ -156,14 +157,9 @@ class UpstreamConnection(asyncio.Protocol):
         if status > STATUS_MAX:
             raise _Unusable
         self._has_head = True
-        length, is_chunked = None, False
-        for name, value in self._headers:
-            lower = name.lower()
-            if lower == b"content-length":
-                length = int(value)
-            elif lower == b"transfer-encoding":
-                is_chunked = True
-        self._until_close = length is None and not is_chunked
+        framing = dict(self._headers)
+        length = int(framing[b"content-length"]) if b"content-length" in framing else None
+        self._until_close = length is None and b"transfer-encoding" not in framing
         self.is_reusable = self._parser.should_keep_alive()
         assert self._receiver is not None
         self._receiver.head(status, self._headers, length)

@@ -18,6 +18,7 @@ import asyncio
 import socket
 from typing import Any
 
+from services.gateway.known import Asked, Cut, cut
 from services.gateway.relay import Relay
 from services.gateway.relayed import Relayed
 from services.gateway.target import Targets
@@ -37,6 +38,11 @@ class EdgeProtocol(GuardedHttpProtocol):
         self._targets = targets
         self._relayed: Relayed | None = None  # the one that is being answered
         self._arriving: Relayed | None = None  # the one whose body is coming in
+        self._is_between = True  # two messages, in what the parser was given
+        self._cut: Cut | None = None  # the head at the beginning of what came, which is new
+        self._missing = 0  # bytes of the body of a request whose head was known
+        self._idle_since_s = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._is_deaf = False  # nothing that still comes is answered
         self._is_draining = False
         self.peer = ""
@@ -54,6 +60,8 @@ class EdgeProtocol(GuardedHttpProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         relayed, self._relayed, self._arriving = self._relayed, None, None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         if isinstance(self.cycle, Relayed):
             self.cycle = None  # type: ignore[assignment]  # as before the first request
         super().connection_lost(exc)
@@ -61,8 +69,44 @@ class EdgeProtocol(GuardedHttpProtocol):
             relayed.client_gone()
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_deaf:
-            super().data_received(data)
+        if self._is_deaf:
+            return
+        if self._is_between and not self.pipeline and (self.cycle is None or self.cycle.response_complete):
+            self._cut = found = cut(data)
+            if found is not None and (asked := self._relay.known_heads.find(found)) is not None:
+                length = found.length or 0
+                missing = found.body_at + length - len(data)
+                if missing >= 0 and length <= self._relay.body_bytes_max:
+                    self._answer_known(asked, found.length, data[found.body_at :], missing)
+                    return
+        elif self._missing:
+            data = self._take_body(data)
+            if not data:
+                return
+        super().data_received(data)
+        self._cut = None
+
+    def _answer_known(self, asked: Asked, length: int | None, body: bytes, missing: int) -> None:
+        """A request whose head is known, and of its body so many bytes are to come."""
+        if self._head_timer is not None:
+            self._head_done()
+        relayed = Relayed(self._relay, self, asked, length, None if missing else body)
+        self.cycle = relayed  # type: ignore[assignment]
+        if missing:
+            self._is_between, self._missing, self._arriving = False, missing, relayed
+        self._begin(relayed)
+        if missing and body:
+            relayed.feed(body)
+
+    def _take_body(self, data: bytes) -> bytes:
+        """The body of such a request, as far as it is there; what is left, for llhttp."""
+        body, rest = data[: self._missing], data[self._missing :]
+        self._missing -= len(body)
+        if self._arriving is not None:
+            self._arriving.feed(body)
+        if not self._missing:
+            self.on_message_complete()
+        return rest
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -77,6 +121,7 @@ class EdgeProtocol(GuardedHttpProtocol):
     # httptools' side
 
     def on_message_begin(self) -> None:
+        self._is_between = False
         self.begin_head()
         self.url = b""
         self.headers = []
@@ -94,16 +139,11 @@ class EdgeProtocol(GuardedHttpProtocol):
             self._hand_to_uvicorn()
             return
         self.end_head()
-        version = self.parser.get_http_version()
-        relayed = Relayed(
-            self._relay,
-            self,
-            self.parser.get_method().decode("ascii"),
-            target,
-            self.headers,
-            keep_alive=version == "1.1" and self.parser.should_keep_alive() and not self.parser.should_upgrade(),
-            version=version,
-        )
+        parser, version = self.parser, self.parser.get_http_version()
+        keep_alive = version == "1.1" and parser.should_keep_alive() and not parser.should_upgrade()
+        asked = Asked(parser.get_method().decode("ascii"), target, self.headers, version, keep_alive, self._cut)
+        self._cut = None
+        relayed = Relayed(self._relay, self, asked)
         waits_for, self.cycle = self.cycle, relayed  # type: ignore[assignment]
         self._arriving = relayed
         if waits_for is None or waits_for.response_complete:
@@ -125,6 +165,7 @@ class EdgeProtocol(GuardedHttpProtocol):
 
     def on_message_complete(self) -> None:
         self.note_progress()
+        self._is_between = True
         arriving, self._arriving = self._arriving, None
         if arriving is not None:
             arriving.feed_end()
@@ -147,9 +188,8 @@ class EdgeProtocol(GuardedHttpProtocol):
 
     # The relay's side: a Client
 
-    @property
-    def date_lines(self) -> bytes:
-        return self._relay.encoded(self.server_state.default_headers)
+    def opening(self, status: int) -> bytes:
+        return self._relay.opening(status, self.server_state.default_headers)
 
     def write(self, data: bytes) -> None:
         self.transport.write(data)
@@ -169,12 +209,33 @@ class EdgeProtocol(GuardedHttpProtocol):
             self.pipeline.clear()
             self.transport.close()
         elif exchange.keep_alive and not (self._is_deaf and not self.pipeline):
-            self.on_response_complete()
+            self._go_on()
         elif exchange.is_whole:
             self._is_deaf = True
             self.transport.close()
         else:
             self._linger()
+
+    def _go_on(self) -> None:
+        """With the next request. As uvicorn's `on_response_complete`, but for a timer that is left to run: it looks
+        then how long the connection has idled."""
+        if self.pipeline:
+            self.on_response_complete()
+            return
+        self.flow.resume_reading()
+        self._idle_since_s = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_idle)
+
+    def _look_idle(self) -> None:
+        self._idle_timer = None
+        if self.transport.is_closing() or not self._is_between or not self.cycle.response_complete:
+            return  # the end of what runs looks again
+        rest_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+        if rest_s > 0:
+            self._idle_timer = self.loop.call_later(rest_s, self._look_idle)
+        else:
+            self.transport.close()
 
     # uvicorn's side
 

@@ -7,9 +7,9 @@ limit is kept to within SWEEP_S.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import SpanKind
@@ -18,7 +18,8 @@ from services.gateway.access_log import AccessLog
 from services.gateway.addresses import ClientAddresses
 from services.gateway.admission import Admission
 from services.gateway.exchange import SECURITY_HEADERS, STRICT_POLICY, TRANSPORT_POLICY
-from services.gateway.heads import RawHeaders, RequestHead
+from services.gateway.heads import STATUS_LINES, RawHeaders, RequestHead
+from services.gateway.known import KnownHeads
 from services.gateway.relayed import Relayed
 from services.gateway.replicas import Upstream
 from services.gateway.usage import UsageEvents
@@ -112,17 +113,19 @@ class Relay:
         self.addresses = addresses
         self.body_bytes_max = body_bytes_max
         self.gzip_bytes_min = gzip_bytes_min
-        headers = [STRICT_POLICY, *SECURITY_HEADERS, *([TRANSPORT_POLICY] if is_public_tls else [])]
-        self.response_lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+        self._headers = [STRICT_POLICY, *SECURITY_HEADERS, *([TRANSPORT_POLICY] if is_public_tls else [])]
+        self._openings: dict[int, bytes] = {}
+        self._openings_with: RawHeaders = []
         self._ring = ring
         self._usage = usage
         self._access_log = access_log
         self._errors = gateway_metrics.upstream_errors
         self._metrics = http_metrics
+        self.is_tracing = tracing
+        self.known_heads = KnownHeads()
         self._tracer = trace.get_tracer("tollgate") if tracing else None
         self._signed: dict[tuple[str, str, str], tuple[float, Identity, bytes]] = {}
         self._active: set[Relayed] = set()
-        self._encoded: tuple[RawHeaders, bytes] = ([], b"")
         http_metrics.in_flight.set_function(lambda: len(self._active))
         self._is_sweeping = False
 
@@ -143,10 +146,10 @@ class Relay:
         if lease is not None:
             self.admission.release(lease)
         duration_s = self.now_s() - exchange.began_s
-        ended_at_s = time.time()
+        ended_at = datetime.now(UTC)
         self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
-        self._usage.record(exchange, ended_at_s, duration_s)
-        self._access_log.write(exchange, ended_at_s, duration_s)
+        self._usage.record(exchange, ended_at, duration_s)
+        self._access_log.write(exchange, ended_at, duration_s)
         if exchange.span is not None:
             exchange.span.set_attribute("http.response.status_code", exchange.status)
             exchange.span.end()
@@ -159,10 +162,7 @@ class Relay:
     def own_lines(self, exchange: Relayed, head: RequestHead) -> bytes:
         """What the gateway itself tells the service: who asks, from where, under which id; cookies only to auth."""
         assert exchange.identity is not None
-        lines = [
-            f"x-request-id: {exchange.request_id}\r\nx-forwarded-for: {exchange.address}\r\n".encode("latin-1"),
-            self._identity_line(exchange.identity),
-        ]
+        lines = [f"x-request-id: {exchange.request_id}\r\n".encode(), self._caller_lines(exchange.identity)]
         if exchange.service == COOKIES_FOR and (cookie := head.known.get(b"cookie")) is not None:
             lines.append(b"cookie: %b\r\n" % cookie)
         if exchange.span is not None:
@@ -171,8 +171,8 @@ class Relay:
             lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in carrier.items()]
         return b"".join(lines)
 
-    def _identity_line(self, identity: Identity) -> bytes:
-        """The signed header; the same for a second, which is a small part of its life."""
+    def _caller_lines(self, identity: Identity) -> bytes:
+        """The caller's address, and the signed header; the same for a second, which is a small part of its life."""
         name = (identity.key_id, identity.user_id, identity.address)
         kept = self._signed.get(name)
         now_s = self.now_s()
@@ -180,26 +180,30 @@ class Relay:
             return kept[2]
         if len(self._signed) >= SIGNED_MAX:
             self._signed.clear()
-        line = f"{HEADER}: {self._ring.sign(identity)}\r\n".encode()
-        self._signed[name] = (now_s + SIGNED_TTL_S, identity, line)
-        return line
+        text = f"x-forwarded-for: {identity.address}\r\n{HEADER}: {self._ring.sign(identity)}\r\n"
+        lines = text.encode("latin-1")
+        self._signed[name] = (now_s + SIGNED_TTL_S, identity, lines)
+        return lines
 
     def trace_begin(self, exchange: Relayed, head: RequestHead) -> None:
-        """Open the request's span, under the client's own where it named one; its headers are replaced by ours."""
-        if self._tracer is None:
-            return
-        given = [line.decode("latin-1").strip().partition(": ") for line in head.lines if line.startswith(b"trace")]
-        parent = propagate.extract({name: value for name, _, value in given})
-        head.lines = [line for line in head.lines if not line.startswith((b"traceparent:", b"tracestate:"))]
+        """Open the request's span, under the client's own where it named one."""
+        assert self._tracer is not None
+        given = {name: head.text(name.encode()) or "" for name in ("traceparent", "tracestate")}
+        parent = propagate.extract({name: value for name, value in given.items() if value})
         exchange.span = self._tracer.start_span(
             f"{exchange.method} {exchange.path}", context=parent, kind=SpanKind.SERVER
         )
 
-    def encoded(self, headers: RawHeaders) -> bytes:
-        """Headers as bytes; uvicorn makes its list anew each second, and not more often."""
-        if self._encoded[0] is not headers:
-            self._encoded = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
-        return self._encoded[1]
+    def opening(self, status: int, headers: RawHeaders) -> bytes:
+        """How every response begins; uvicorn makes its list of headers anew each second, and not more often."""
+        if self._openings_with is not headers:
+            self._openings_with = headers
+            self._openings.clear()
+        opening = self._openings.get(status)
+        if opening is None:
+            lines = b"".join([b"%b: %b\r\n" % header for header in [*headers, *self._headers]])
+            opening = self._openings[status] = STATUS_LINES[status] + lines
+        return opening
 
     def count_error(self, upstream: str, code: str) -> None:
         self._errors.labels(upstream, code).inc()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.gateway.admitting import Admitting
 from services.gateway.errors import RequestTimeout
-from services.gateway.heads import STATUS_LINES, RawHeaders, ResponseHead, read_request, read_response
+from services.gateway.heads import RawHeaders, RequestHead, ResponseHead, read_request, read_response
 from shared import errors, ids
 from shared.errors import (
     BadGateway,
@@ -33,9 +33,10 @@ from shared.errors import (
 
 if TYPE_CHECKING:
     from services.gateway.client import Client
+    from services.gateway.known import Asked
     from services.gateway.pool import UpstreamConnection
     from services.gateway.relay import Relay
-    from services.gateway.target import Target
+    from services.gateway.upstreams import Route
 
 READ_AHEAD_BYTES = 64 * 1024
 WHOLE_BYTES_MAX = 64 * 1024
@@ -51,7 +52,6 @@ class Relayed(Admitting):
     """See the module. `response_complete` and `keep_alive` mean to uvicorn what they mean in its own cycles."""
 
     response_complete = False
-    is_whole = False  # the request's body is in
     due_s = end_s = began_s = 0.0
     _connection: UpstreamConnection | None = None
     _gzip: Any = None
@@ -61,26 +61,24 @@ class Relayed(Admitting):
     _status_out = 0
 
     def __init__(
-        self,
-        relay: Relay,
-        client: Client,
-        method: str,
-        target: Target,
-        headers: RawHeaders,
-        *,
-        keep_alive: bool,
-        version: str,
+        self, relay: Relay, client: Client, asked: Asked, length: int | None = None, body: bytes | None = None
     ) -> None:
+        """`length`: of the body, where the head is known; `body`: the whole of it, where it is there."""
         self._relay = relay
         self._client = client
-        self.method = method
+        self._asked = asked
+        self._target = target = asked.target
+        self.method = asked.method
         self.path = target.path
-        self.keep_alive = keep_alive
-        self._target = target
-        self._headers = headers
-        self._is_known_version = version in ("1.1", "1.0")
-        self._is_http_10 = version != "1.1"
+        self.keep_alive = asked.keep_alive
+        self._is_http_10 = asked.version != "1.1"
         self._pieces: list[bytes] = []  # of the request's body, then of the response's
+        self._length = length
+        if body is not None:
+            self.is_whole = True
+            if body:
+                self._pieces.append(body)
+                self.bytes_in = len(body)
 
     # The client's side
 
@@ -119,7 +117,7 @@ class Relayed(Admitting):
             return
         self.is_whole = True
         if self._connection is not None:
-            self._connection.send_more(b"0\r\n\r\n" if self._head.length is None else b"", is_complete=True)
+            self._connection.send_more(b"0\r\n\r\n" if self._length is None else b"", is_complete=True)
             self._await_first_byte()
 
     def client_full(self, is_full: bool) -> None:
@@ -157,15 +155,23 @@ class Relayed(Admitting):
         self.request_id = ids.request_id()
         if self._target.error is not None:
             raise self._target.error()
-        self.address = self._relay.addresses.of(self.address, self._headers)
-        head = self._head = read_request(self._headers)
-        self._headers = []
+        asked = self._asked
+        self.address = self._relay.addresses.of(self.address, asked.headers)
+        is_new = asked.head is None
+        head = self._head = asked.head or read_request(asked.headers, has_own_trace=self._relay.is_tracing)
         self._known = head.known
-        self.is_whole = self.is_whole or not (head.is_chunked or head.length)
         if (offered := head.known.get(b"x-request-id")) is not None:
             self.request_id = ids.accepted_request_id(offered.decode("latin-1"))
-        self._relay.trace_begin(self, head)
-        if not self._is_known_version:
+        if self._relay.is_tracing:
+            self._relay.trace_begin(self, head)
+        if is_new:
+            self._length = head.length
+            self.is_whole = self.is_whole or not (head.is_chunked or head.length)
+            self._check(route, head)
+
+    def _check(self, route: Route, head: RequestHead) -> None:
+        """Refuse what no service should ever see."""
+        if self._asked.version not in ("1.1", "1.0"):
             raise InvalidRequest("This server speaks HTTP/1.1.", code="invalid_version")
         if not HOST.fullmatch(head.known.get(b"host", b"none" if self._is_http_10 else b"")):
             raise InvalidRequest("The header Host is missing or names no host.", code="invalid_host")
@@ -178,6 +184,8 @@ class Relayed(Admitting):
             raise MethodNotAllowed(headers={"allow": ", ".join(sorted(route.methods))})
         if (head.length or 0) > self._relay.body_bytes_max:
             raise self._too_large()
+        self._asked.head = head
+        self._asked.opening = b"%b %b HTTP/1.1\r\nhost: " % (self.method.encode(), self._target.raw)
 
     # The service's side
 
@@ -185,33 +193,27 @@ class Relayed(Admitting):
         assert self._replica is not None
         head, body = self._head, b"".join(self._pieces)
         self._pieces = []
-        lines = [
-            f"{self.method} ".encode(),
-            self._target.raw,
-            b" HTTP/1.1\r\nhost: ",
-            self._replica.pool.authority,
-            b"\r\n",
-            *head.lines,
-            self._relay.own_lines(self, head),
-        ]
+        framing = b""
         if self.is_whole:
-            if body or head.length is not None or self.method in BODY_METHODS:
-                lines.append(b"content-length: %d\r\n" % len(body))
-            self._await_first_byte()
-        elif head.length is not None:
-            lines.append(b"content-length: %d\r\n" % head.length)
+            if body or self._length is not None or self.method in BODY_METHODS:
+                framing = b"content-length: %d\r\n" % len(body)
+            self.due_s = self._relay.now_s() + self._relay.timeouts.first_byte_s
+        elif self._length is not None:
+            framing = b"content-length: %d\r\n" % self._length
         else:
-            lines.append(b"transfer-encoding: chunked\r\n")
+            framing = b"transfer-encoding: chunked\r\n"
             body = self._framed(body)
+        own = self._relay.own_lines(self, head)
+        parts = (self._asked.opening, self._replica.pool.authority, b"\r\n", head.lines, own, framing, b"\r\n", body)
         self._connection = connection
-        connection.send(self, b"".join([*lines, b"\r\n", body]), is_complete=self.is_whole)
+        connection.send(self, b"".join(parts), is_complete=self.is_whole)
         if not self.is_whole:
             if self._known.get(b"expect", b"").lower() == b"100-continue" and not self.bytes_in:
                 self._client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._client.hold_reading(False)
 
     def _framed(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self._head.length is None and data else data
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._length is None and data else data
 
     def upstream_full(self, is_full: bool) -> None:
         self._client.hold_reading(is_full)
@@ -221,7 +223,7 @@ class Relayed(Admitting):
         head = read_response(headers)
         self.build = head.build.decode("latin-1")
         is_bodiless = status in BODILESS
-        if not is_bodiless and self._compresses(head, status, length):
+        if length is not None and length >= self._relay.gzip_bytes_min and self._compresses(head, status):
             self._gzip = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, GZIP_WBITS)
             head.lines.append(b"content-encoding: gzip\r\nvary: accept-encoding\r\n")
             length = None
@@ -274,9 +276,6 @@ class Relayed(Admitting):
         if self.status:
             self._finish(is_broken=True)
             return
-        if self._limit_headers:
-            error.headers.update(self._limit_headers)
-            self._limit_headers = None
         status, headers, body = errors.render(error, path=self.path, request_id=self.request_id)
         lines = [f"{k}: {v}\r\n".encode("latin-1", "replace") for k, v in headers.items() if k != "x-request-id"]
         self._answer(status, [*lines, NO_STORE], body)
@@ -293,20 +292,16 @@ class Relayed(Admitting):
     def _response_head(self, status: int, lines: list[bytes]) -> bytes:
         if not self.is_whole:
             self.keep_alive = False  # what is left of the body would be taken for a request
-        own = [STATUS_LINES[status], self._client.date_lines, self._relay.response_lines]
-        own.append(f"x-request-id: {self.request_id}\r\n".encode())
-        if self._limit_headers:
-            own.append("".join([f"{k}: {v}\r\n" for k, v in self._limit_headers.items()]).encode("latin-1"))
+        own = [self._client.opening(status), f"x-request-id: {self.request_id}\r\n".encode(), self._limit_headers]
         if (origin := self._known.get(b"origin")) is not None:
             own += self._relay.cors.lines(origin)
         if not self.keep_alive:
             own.append(b"connection: close\r\n")
         return b"".join([*own, *lines, b"\r\n"])
 
-    def _compresses(self, head: ResponseHead, status: int, length: int | None) -> bool:
+    def _compresses(self, head: ResponseHead, status: int) -> bool:
         accepted = self._known.get(b"accept-encoding", b"").lower()
-        is_long = length is not None and length >= self._relay.gzip_bytes_min
-        return is_long and head.is_compressible and status == 200 and not self._is_http_10 and b"gzip" in accepted
+        return status == 200 and head.is_compressible and not self._is_http_10 and b"gzip" in accepted
 
     def _write(self, *, is_last: bool) -> None:
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)

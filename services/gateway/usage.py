@@ -10,28 +10,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from shared.apikeys import USAGE_STREAM
 from shared.identity import Identity
-from shared.limits import Link, RedisUnavailable
+from shared.limits import Hearer, Link, RedisUnavailable, Waiting, encoded
 from shared.telemetry import GatewayMetrics
 
 STREAM_ENTRIES_MAX = 100_000
-BATCH_MAX = 500
+BATCH_MAX = 200
 EVENT_VERSION = 1
 PATH_CHARS_MAX = 256
 BUILD_CHARS_MAX = 128
+ADD = b"*8\r\n" + encoded("XADD", USAGE_STREAM, "MAXLEN", "~", STREAM_ENTRIES_MAX, "*", "event")
 BUILD_HEADER = "x-tollgate-build"  # a service names the build that served; the gateway keeps it to itself
 
 
 class UsageEvent(NamedTuple):
     """What is kept of an exchange until it is written."""
 
-    ended_at_s: float
+    ended_at: datetime
     duration_s: float
     identity: Identity | None
     request_id: str
@@ -70,13 +71,13 @@ class UsageEvents:
         self._queue_max = queue_max
         self._interval_s = interval_ms / 1000
 
-    def record(self, exchange: Ended, ended_at_s: float, duration_s: float) -> None:
+    def record(self, exchange: Ended, ended_at: datetime, duration_s: float) -> None:
         """Note an exchange that has ended; never waits."""
         if len(self._queue) >= self._queue_max:
             self._lost.inc()
             return
         event = UsageEvent(
-            ended_at_s,
+            ended_at,
             duration_s,
             exchange.identity,
             exchange.request_id,
@@ -92,35 +93,42 @@ class UsageEvents:
         self._queue.append(event)
 
     async def run(self) -> None:
-        """Move events to the stream until cancelled, then what is left once more."""
+        """Move events to the stream until cancelled, then what is left."""
         try:
             while True:
                 await asyncio.sleep(self._interval_s)
                 while self._queue:
                     await self._flush()
         finally:
-            await self._flush()
+            while self._queue:
+                await self._flush()
+
+    is_gone = False  # a Hearer: of what came of each event
+
+    def hear(self, reply: Any) -> None:
+        if isinstance(reply, RedisUnavailable):
+            self._lost.inc()
 
     async def _flush(self) -> None:
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_MAX))]
-        try:
-            added = [self._add(orjson.dumps(_readable(event))) for event in batch]
-        except RedisUnavailable:
-            self._lost.inc(len(batch))
-            return
-        results = await asyncio.gather(*added, return_exceptions=True)
-        if lost := sum(isinstance(result, RedisUnavailable) for result in results):
-            self._lost.inc(lost)
-
-    def _add(self, event: bytes) -> asyncio.Future[Any]:
-        return self._link.call("XADD", USAGE_STREAM, "MAXLEN", "~", STREAM_ENTRIES_MAX, "*", "event", event)
+        """One batch, until Redis has answered."""
+        hearer: Hearer = self
+        for left in reversed(range(min(len(self._queue), BATCH_MAX))):
+            event = orjson.dumps(_readable(self._queue.popleft()))
+            waiting = None if left else Waiting()
+            try:
+                self._link.ask(USAGE_STREAM, b"%b$%d\r\n%b\r\n" % (ADD, len(event), event), waiting or hearer)
+            except RedisUnavailable:
+                self._lost.inc()
+            else:
+                if waiting is not None:
+                    self.hear((await asyncio.gather(waiting.future, return_exceptions=True))[0])
 
 
 def _readable(event: UsageEvent) -> dict[str, Any]:
     identity = event.identity
     return {
         "v": EVENT_VERSION,
-        "at": datetime.fromtimestamp(event.ended_at_s, UTC).isoformat(),
+        "at": event.ended_at,
         "request_id": event.request_id,
         "kind": identity.kind if identity else "refused",
         "org_id": identity.org_id if identity else "",

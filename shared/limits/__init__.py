@@ -15,11 +15,12 @@ set forward: windows pass too early by as much. A process killed: its leases exp
 """
 
 from shared.limits.cluster import ClusterLink, create_link
-from shared.limits.headers import rate_limit_headers, token_headers
+from shared.limits.headers import admitted_headers, rate_limit_headers, token_headers
 from shared.limits.limiter import Question, RedisLimiter
-from shared.limits.link import CommandRefused, Link, RedisLink, RedisUnavailable
+from shared.limits.link import CommandRefused, Hearer, Link, RedisLink, RedisUnavailable, Waiting
 from shared.limits.local import LocalLimiter, TooManySubjects
 from shared.limits.policy import Decision, Lease, Limits, Subject, Verdict, WindowState
+from shared.limits.resp import encoded
 from shared.limits.scripts import Script
 from shared.limits.tokens import Reservation, TokenDecision, TokenLimiter, TokenSubject
 
@@ -27,6 +28,7 @@ __all__ = [
     "ClusterLink",
     "CommandRefused",
     "Decision",
+    "Hearer",
     "Lease",
     "Limits",
     "Link",
@@ -43,8 +45,11 @@ __all__ = [
     "TokenSubject",
     "TooManySubjects",
     "Verdict",
+    "Waiting",
     "WindowState",
+    "admitted_headers",
     "create_link",
+    "encoded",
     "rate_limit_headers",
     "token_headers",
 ]

@@ -23,7 +23,8 @@ from redis.crc import key_slot
 from redis.exceptions import RedisClusterException, RedisError
 
 from shared.cache import CLUSTER_SUFFIX, create_cluster, is_cluster
-from shared.limits.link import Argument, CommandRefused, Hear, RedisLink, RedisUnavailable, retrieve
+from shared.limits.link import CommandRefused, Hear, Hearer, RedisLink, RedisUnavailable, Waiting
+from shared.limits.resp import Argument, pack
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -32,6 +33,39 @@ SLOTS = 16_384
 REDIRECTIONS_MAX = 3
 REFRESH_S = 5.0  # a stable cluster is asked this often
 REFRESH_PAUSE_S = 0.1  # a changing one
+
+
+class _Command:
+    """A command on its way: hears what a node says, and is sent on where that was only the way. A Hearer."""
+
+    __slots__ = ("hearer", "name", "packed", "redirect", "redirections")
+
+    def __init__(self, redirect: Redirect, name: str, packed: bytes, hearer: Hearer | None) -> None:
+        self.redirect = redirect
+        self.name = name
+        self.packed = packed
+        self.hearer = hearer
+        self.redirections = REDIRECTIONS_MAX
+
+    @property
+    def is_gone(self) -> bool:
+        return self.hearer is not None and self.hearer.is_gone
+
+    def hear(self, reply: Any) -> None:
+        if self.is_gone:
+            return
+        if isinstance(reply, CommandRefused) and self.redirections:
+            self.redirections -= 1
+            try:
+                if self.redirect(str(reply), self):
+                    return
+            except RedisUnavailable as e:
+                reply = e
+        if self.hearer is not None:
+            self.hearer.hear(reply)
+
+
+Redirect = Callable[[str, _Command], bool]
 
 
 class ClusterLink:
@@ -86,14 +120,18 @@ class ClusterLink:
 
     def call(self, *command: Argument) -> asyncio.Future[Any]:
         """As RedisLink's; a command without a key goes to any node that answers."""
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._send(self._link(command), future, command, REDIRECTIONS_MAX)
-        return future
+        waiting = Waiting()
+        self.ask(_first_key(command), pack(*command), waiting)
+        return waiting.future
 
     def send(self, *command: Argument) -> None:
         """Send a command and ignore what comes of it."""
         with contextlib.suppress(RedisUnavailable):
-            self.call(*command).add_done_callback(retrieve)
+            self.ask(_first_key(command), pack(*command), None)
+
+    def ask(self, name: str, packed: bytes, hearer: Hearer | None) -> None:
+        """As Link's; without a name, to any node that answers."""
+        self._send(self._link(name), _Command(self._redirect, name, packed, hearer))
 
     def subscribe(self, channel: str, hear: Hear, begin: Callable[[], None]) -> None:
         """As RedisLink's; a message is heard once from each primary. Call it before the link is entered."""
@@ -116,53 +154,26 @@ class ClusterLink:
         await asyncio.gather(*[link.__aexit__(None, None, None) for link in self._links.values()])
         await self._close_client()
 
-    def _link(self, command: tuple[Argument, ...]) -> RedisLink:
-        name = _first_key(command)
-        if name is None:
-            link = next((each for each in self._links.values() if each.up), None)
+    def _link(self, name: str) -> RedisLink:
+        if name:
+            link = self._slots[key_slot(name.encode())]
         else:
-            link = self._slots[key_slot(name)]
+            link = next((each for each in self._links.values() if each.up), None)
         if link is None or not link.up:
             self._wanted.set()
             raise RedisUnavailable("no node of the cluster answers for this")
         return link
 
-    def _send(
-        self, link: RedisLink, future: asyncio.Future[Any], command: tuple[Argument, ...], redirections: int
-    ) -> None:
-        link.call(*command).add_done_callback(partial(self._answered, future, command, redirections))
+    def _send(self, link: RedisLink, command: _Command) -> None:
+        link.ask(command.name, command.packed, command)
 
-    def _answered(
-        self,
-        future: asyncio.Future[Any],
-        command: tuple[Argument, ...],
-        redirections: int,
-        reply: asyncio.Future[Any],
-    ) -> None:
-        error = reply.exception()
-        if future.done():
-            return
-        if error is None:
-            future.set_result(reply.result())
-            return
-        if isinstance(error, CommandRefused) and redirections:
-            try:
-                if self._redirect(str(error), future, command, redirections - 1):
-                    return
-            except RedisUnavailable as e:
-                error = e
-        future.set_exception(error)
-        future.add_done_callback(retrieve)
-
-    def _redirect(
-        self, error: str, future: asyncio.Future[Any], command: tuple[Argument, ...], redirections: int
-    ) -> bool:
-        """Send a command again that did not run; False when it may have."""
+    def _redirect(self, error: str, command: _Command) -> bool:
+        """Send a command again that did not run; False when it may have. Raises RedisUnavailable."""
         kind, _, rest = error.partition(" ")
         if kind not in ("MOVED", "ASK", "TRYAGAIN"):
             return False
         if kind == "TRYAGAIN":
-            self._send(self._link(command), future, command, redirections)
+            self._send(self._link(command.name), command)
             return True
         self._wanted.set()
         link = self._links.get(rest.partition(" ")[2])
@@ -170,7 +181,7 @@ class ClusterLink:
             raise RedisUnavailable("the cluster moved a slot to a node that is not known yet")
         if kind == "ASK":
             link.send("ASKING")
-        self._send(link, future, command, redirections)
+        self._send(link, command)
         return True
 
     async def _run(self) -> None:
@@ -231,13 +242,9 @@ def create_link(
     )
 
 
-def _first_key(command: tuple[Argument, ...]) -> bytes | None:
-    """The key by which a command finds its node; None for a command without one."""
+def _first_key(command: tuple[Argument, ...]) -> str:
+    """The key by which a command finds its node; empty for a command without one."""
     verb = command[0]
     if verb in ("EVALSHA", "EVAL"):
-        key = command[3] if int(command[2]) else None
-    else:
-        key = command[1] if len(command) > 1 and verb not in ("PING", "SCRIPT", "CLIENT", "INFO") else None
-    if key is None:
-        return None
-    return key if isinstance(key, bytes) else str(key).encode()
+        return str(command[3]) if int(command[2]) else ""
+    return str(command[1]) if len(command) > 1 and verb not in ("PING", "SCRIPT", "CLIENT", "INFO") else ""

@@ -7,10 +7,15 @@ All resets say when the window begins to give something back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from math import ceil
 
-from shared.limits.policy import Decision
+from shared.limits.policy import Decision, Subject
 from shared.limits.tokens import TokenDecision
+
+MICROSECONDS = 1_000_000
+REMEMBERED_MAX = 4_096
 
 
 def rate_limit_headers(decision: Decision) -> dict[str, str]:
@@ -29,6 +34,21 @@ def rate_limit_headers(decision: Decision) -> dict[str, str]:
         "x-ratelimit-remaining-requests": str(tightest.remaining),
         "x-ratelimit-reset-requests": duration(tightest.wait_s or tightest.reset_s),
     }
+
+
+def admitted_headers(subject: Subject, answer: Sequence[int]) -> bytes:
+    """The same for an admission, straight from what admit.lua answered: what most requests need, and nothing else."""
+    windows = subject.windows
+    if not windows:
+        return b""
+    figures: list[int] = []
+    least = quota = reset_us = 0
+    for at, _, _, window_quota, _ in windows:
+        window_left, window_reset_us = answer[at], answer[at + 1]
+        figures += (window_left, -(-window_reset_us // MICROSECONDS))
+        if len(figures) == 2 or window_left < least or (window_left == least and window_reset_us > reset_us):
+            least, quota, reset_us = window_left, window_quota, window_reset_us
+    return subject.headers % (*figures, quota, least, _reset(reset_us))
 
 
 def token_headers(decision: TokenDecision) -> dict[str, str]:
@@ -52,3 +72,14 @@ def duration(seconds: float) -> str:
     if hours or minutes:
         parts.append(f"{minutes}m")
     return "".join(parts) + f"{rest}s"
+
+
+def _reset(reset_us: int) -> bytes:
+    if reset_us < MICROSECONDS:
+        return duration(reset_us / MICROSECONDS).encode()
+    return _whole(-(-reset_us // MICROSECONDS))
+
+
+@lru_cache(maxsize=REMEMBERED_MAX)
+def _whole(seconds: int) -> bytes:
+    return duration(seconds).encode()

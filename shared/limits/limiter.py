@@ -9,15 +9,19 @@ another server, or the same one after a restart, may not know what this one did.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.limits.link import Argument, Link
+from shared.limits.link import CommandRefused, Link, RedisUnavailable, Waiting
 from shared.limits.policy import Decision, Lease, Subject, Verdict, WindowState
+from shared.limits.resp import encoded
 from shared.limits.scripts import Script
 
 HERE = Path(__file__).parent
@@ -25,6 +29,7 @@ ADMIT = HERE / "admit.lua"
 RENEW = HERE / "renew.lua"
 MICROSECONDS = 1_000_000
 REFUSALS_MAX = 10_000
+REMEMBERED_MAX = 10_000
 REFUSALS_S = 1.0
 RENEWALS_AT_ONCE = 100
 
@@ -40,19 +45,42 @@ class _Refusal(NamedTuple):
     until_s: float
 
 
-class Question(NamedTuple):
-    """What Redis was asked; `call` ends with its answer."""
+class Question:
+    """What Redis was asked: a Hearer. `then` is called with it once `reply` is there, in the same turn of the loop."""
 
-    subject: Subject
-    weight: int
-    lease_id: str
-    sent_s: float
-    prepared: tuple[Argument, ...]
-    call: asyncio.Future[Any]
+    __slots__ = ("arguments", "count", "lease_id", "reply", "sent_s", "subject", "then", "weight")
+
+    def __init__(
+        self,
+        subject: Subject,
+        weight: int,
+        lease_id: str,
+        count: int,
+        arguments: bytes,
+        then: Callable[[Question], None],
+    ) -> None:
+        self.subject = subject
+        self.weight = weight
+        self.lease_id = lease_id
+        self.count = count
+        self.arguments = arguments
+        self.then: Callable[[Question], None] | None = then
+        self.sent_s = time.monotonic()
+        self.reply: Any = None
 
     @property
-    def lease_names(self) -> tuple[str, ...]:
-        return self.subject.lease_names if self.weight else ()
+    def is_gone(self) -> bool:
+        return self.then is None
+
+    @property
+    def is_admitted(self) -> bool:
+        return type(self.reply) is list and self.reply[0] == 1
+
+    def hear(self, reply: Any) -> None:
+        self.reply = reply
+        then, self.then = self.then, None
+        if then is not None:
+            then(self)
 
 
 class RedisLimiter:
@@ -69,6 +97,7 @@ class RedisLimiter:
     ) -> None:
         self._link = link
         self._lease_ttl_ms = int(lease_ttl_s * 1000)
+        self._ttl_told = encoded(self._lease_ttl_ms)
         self._refusals_max = refusals_max
         self._refusals_s = refusals_s
         self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
@@ -95,47 +124,76 @@ class RedisLimiter:
         """Decide and, when admitted, record. Weight 0 only looks. Raises RedisUnavailable: then nobody knows."""
         if (refusal := self.refused(subject, weight)) is not None:
             return refusal
-        return await self.answer(self.ask(subject, weight))
+        waiting = Waiting()
+        question = self.ask(subject, weight, waiting.hear)
+        try:
+            await waiting.future
+        except asyncio.CancelledError:
+            self.leave(question)
+            raise
+        return await self.answer(question)
 
-    def ask(self, subject: Subject, weight: int) -> Question:
-        """Ask Redis, without waiting: then `decided`, `answer` or `leave`. Raises RedisUnavailable."""
+    def ask(self, subject: Subject, weight: int, then: Callable[[Question], None]) -> Question:
+        """Ask Redis, without waiting: then `decided`, `admitted`, `answer` or `leave`. Raises RedisUnavailable."""
         has_lease = weight and subject.lease_names
         lease_id = f"{self._lease_prefix}-{next(self._lease_numbers)}" if has_lease else ""
-        prepared = self._admit.prepared(
-            subject.names, (weight, lease_id, self._lease_ttl_ms, subject.version, *subject.figures)
-        )
-        return Question(subject, weight, lease_id, time.monotonic(), prepared, self._admit.start(prepared))
+        count, names, told = subject.encoded
+        arguments = b"%b%b%b%b%b" % (names, _encoded(weight), encoded(lease_id), self._ttl_told, told)
+        question = Question(subject, weight, lease_id, count + 3, arguments, then)
+        self._link.ask(subject.state_name, self._admit.packed(count + 3, arguments), question)
+        return question
 
     async def answer(self, question: Question) -> Decision:
-        """The decision. Raises RedisUnavailable."""
-        try:
-            return self._decision(question, await self._admit.finish(question.call, question.prepared))
-        except asyncio.CancelledError:
-            self._forget(question)
-            raise
+        """The decision, when there is a reply; asks again where that says that nothing ran. Raises RedisUnavailable."""
+        reply = question.reply
+        if isinstance(reply, CommandRefused) and reply.is_noscript:
+            waiting = Waiting()
+            packed = self._admit.packed(question.count, question.arguments, with_text=True)
+            self._link.ask(question.subject.state_name, packed, waiting)
+            try:
+                reply = await waiting.future
+            except asyncio.CancelledError:
+                self._forget(question)
+                raise
+        if isinstance(reply, RedisUnavailable):
+            raise reply
+        return self._decision(question, reply)
 
     def decided(self, question: Question) -> Decision | None:
-        """The decision, when `question.call` has ended; None when only `answer` knows what to do."""
-        return None if question.call.exception() else self._decision(question, question.call.result())
+        """The decision, when there is a reply; None when only `answer` knows what to do."""
+        return None if isinstance(question.reply, RedisUnavailable) else self._decision(question, question.reply)
+
+    def admitted(self, question: Question) -> Lease | None:
+        """The place of a question that `is_admitted`."""
+        names = question.subject.lease_names if question.weight else ()
+        if not names:
+            return None
+        lease = Lease(question.lease_id, names)
+        for name in names:
+            if (held := self._held.get(name)) is None:
+                held = self._held[name] = set()
+            held.add(lease.id)
+        return lease
 
     def leave(self, question: Question) -> None:
         """Nobody waits for the decision any more."""
-        question.call.cancel()
+        question.then = None
         self._forget(question)
 
     def _forget(self, question: Question) -> None:
         """Replies are in order: this runs after the script, if that runs at all."""
-        for name in question.lease_names:
-            self._link.send("ZREM", name, question.lease_id)
+        for name in question.subject.lease_names if question.lease_id else ():
+            self._give_back(name, question.lease_id)
+
+    def _give_back(self, name: str, lease_id: str) -> None:
+        with contextlib.suppress(RedisUnavailable):
+            self._link.ask(name, b"*3\r\n%b%b" % (_zrem(name), encoded(lease_id)), None)
 
     def _decision(self, question: Question, answer: list[Any]) -> Decision:
         """What the script's answer means."""
         subject = question.subject
         if answer[0] == 1:
-            lease_names = question.lease_names
-            for name in lease_names:
-                self._held.setdefault(name, set()).add(question.lease_id)
-            lease = Lease(question.lease_id, lease_names) if lease_names else None
+            lease = self.admitted(question)
             return Decision(Verdict.ADMITTED, _windows(subject, answer), None, lease, subject.policy)
         if answer[0] == -1:
             return Decision(Verdict.STALE)
@@ -154,7 +212,7 @@ class RedisLimiter:
             held.discard(lease.id)
             if not held:
                 del self._held[name]
-            self._link.send("ZREM", name, lease.id)
+            self._give_back(name, lease.id)
 
     async def renew_leases(self) -> None:
         """Prolong the leases of all requests that run; call it at least twice per TTL. Raises RedisUnavailable."""
@@ -174,6 +232,16 @@ class RedisLimiter:
         )
         while len(self._refusals) > self._refusals_max:
             self._refusals.popitem(last=False)
+
+
+@lru_cache(maxsize=1_000)
+def _encoded(weight: int) -> bytes:
+    return encoded(weight)
+
+
+@lru_cache(maxsize=REMEMBERED_MAX)
+def _zrem(name: str) -> bytes:
+    return encoded("ZREM", name)
 
 
 def _windows(subject: Subject, answer: list[Any]) -> tuple[WindowState, ...]:

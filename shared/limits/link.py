@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self, cast
 import hiredis
 from redis.asyncio.connection import parse_url
 
+from shared.limits.resp import Argument, pack
 from shared.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -29,7 +30,6 @@ RECONNECT_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 LATE_GRACE_S = 0.01
 _NOTHING = object()
 
-Argument = str | bytes | int | float
 Hear = Callable[[bytes], None]
 
 
@@ -45,6 +45,17 @@ class CommandRefused(RedisUnavailable):
         return str(self).startswith("NOSCRIPT")
 
 
+class Hearer(Protocol):
+    """Who waits for a reply."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody does any more."""
+
+    def hear(self, reply: Any) -> None:
+        """The reply (bytes, int, None, list), or the RedisUnavailable that there is instead of one."""
+
+
 class Link(Protocol):
     """What the limiters need: RedisLink, or ClusterLink for a cluster."""
 
@@ -58,6 +69,10 @@ class Link(Protocol):
     def call(self, *command: Argument) -> asyncio.Future[Any]: ...
 
     def send(self, *command: Argument) -> None: ...
+
+    def ask(self, name: str, packed: bytes, hearer: Hearer | None) -> None:
+        """Send a command that is packed already; `name` is its key, `hearer` hears the reply in the same turn of the
+        loop in which it comes. Raises RedisUnavailable as `call`."""
 
     def subscribe(self, channel: str, hear: Hear, begin: Callable[[], None]) -> None: ...
 
@@ -87,22 +102,28 @@ class RedisLink:
     @property
     def up(self) -> bool:
         """Whether commands are accepted now."""
-        return self._connection is not None and not self._connection.lost.done()
+        return self._connection is not None and not self._connection.is_lost
 
     def call(self, *command: Argument) -> asyncio.Future[Any]:
         """Send a command. The future ends with the reply (bytes, int, None, list), CommandRefused or RedisUnavailable.
 
         Raises RedisUnavailable at once while the link is down or has `pending_max` replies outstanding.
         """
-        connection = self._connection
-        if connection is None or connection.lost.done():
-            raise RedisUnavailable("the link to Redis is down")
-        return connection.call(command)
+        waiting = Waiting()
+        self.ask("", pack(*command), waiting)
+        return waiting.future
 
     def send(self, *command: Argument) -> None:
         """Send a command and ignore what comes of it."""
         with contextlib.suppress(RedisUnavailable):
-            self.call(*command).add_done_callback(retrieve)
+            self.ask("", pack(*command), None)
+
+    def ask(self, name: str, packed: bytes, hearer: Hearer | None) -> None:
+        """As Link's."""
+        connection = self._connection
+        if connection is None or connection.is_lost:
+            raise RedisUnavailable("the link to Redis is down")
+        connection.ask(packed, hearer)
 
     def subscribe(self, channel: str, hear: Hear, begin: Callable[[], None]) -> None:
         """Have `hear` called with every message of a channel, and `begin` whenever the link comes up: what was
@@ -171,7 +192,7 @@ class RedisLink:
             replies.append(connection.call(("SELECT", int(db))))
         replies.append(connection.call(("CLIENT", "SETNAME", self._client_name)))
         if self._channels:
-            connection.write(("SUBSCRIBE", *self._channels))
+            connection.write(pack("SUBSCRIBE", *self._channels))
         replies.append(connection.call(("PING",)))
         await asyncio.gather(*replies)
 
@@ -205,47 +226,51 @@ class _Connection(asyncio.Protocol):
         heard: Callable[[list[Any]], None],
     ) -> None:
         self.lost: asyncio.Future[str] = loop.create_future()
+        self.is_lost = False
         self._loop = loop
         self._timeout_s = timeout_s
         self._pending_max = pending_max
         self._heard = heard
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
         self._transport: asyncio.Transport | None = None
-        self._pending: deque[tuple[asyncio.Future[Any], float]] = deque()
+        self._pending: deque[tuple[Hearer | None, float]] = deque()
         self._unsent: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
 
     def call(self, command: tuple[Argument, ...]) -> asyncio.Future[Any]:
+        waiting = Waiting()
+        self.ask(pack(*command), waiting)
+        return waiting.future
+
+    def ask(self, packed: bytes, hearer: Hearer | None) -> None:
         if len(self._pending) >= self._pending_max:
             raise RedisUnavailable("too many commands wait for Redis")
-        future: asyncio.Future[Any] = self._loop.create_future()
-        now = self._loop.time()
-        self._pending.append((future, now))
+        now_s = self._loop.time()
+        self._pending.append((hearer, now_s))
         if self._watch is None:
-            self._watch = self._loop.call_at(now + self._timeout_s, self._check_late, False)
-        self.write(command)
-        return future
+            self._watch = self._loop.call_at(now_s + self._timeout_s, self._check_late, False)
+        self.write(packed)
 
-    def write(self, command: tuple[Argument, ...]) -> None:
+    def write(self, packed: bytes) -> None:
         """Send a command that has no reply of its own."""
         if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._unsent.append(hiredis.pack_command(command))  # type: ignore[arg-type]
+        self._unsent.append(packed)
 
     def close(self, reason: str) -> None:
         """Fail everything that waits, and hang up."""
-        if self.lost.done():
+        if self.is_lost:
             return
+        self.is_lost = True
         self.lost.set_result(reason)
         if self._watch is not None:
             self._watch.cancel()
         if self._transport is not None:
             self._transport.abort()
-        for future, _ in self._pending:
-            if not future.done():
-                future.set_exception(RedisUnavailable(reason))
-                future.add_done_callback(retrieve)
-        self._pending.clear()
+        pending, self._pending = self._pending, deque()
+        for hearer, _ in pending:
+            if hearer is not None:
+                _tell(hearer, RedisUnavailable(reason))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
@@ -257,14 +282,9 @@ class _Connection(asyncio.Protocol):
                 if isinstance(reply, hiredis.PushNotification):
                     self._heard(reply)
                     continue
-                future, _ = self._pending.popleft()
-                if future.done():
-                    continue
-                if isinstance(reply, hiredis.ReplyError):
-                    future.set_exception(CommandRefused(str(reply)))
-                    future.add_done_callback(retrieve)
-                else:
-                    future.set_result(reply)
+                hearer, _ = self._pending.popleft()
+                if hearer is not None:
+                    _tell(hearer, CommandRefused(str(reply)) if isinstance(reply, hiredis.ReplyError) else reply)
         except (hiredis.ProtocolError, IndexError):
             self.close("Redis broke the protocol")
 
@@ -273,7 +293,7 @@ class _Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, []
-        if self._transport is not None and not self.lost.done():
+        if self._transport is not None and not self.is_lost:
             self._transport.write(b"".join(unsent))
 
     def _check_late(self, again: bool) -> None:
@@ -291,7 +311,37 @@ class _Connection(asyncio.Protocol):
             self.close(f"no reply within {self._timeout_s * 1000:.0f} ms")
 
 
-def retrieve(future: asyncio.Future[Any]) -> None:
+class Waiting:
+    """A Hearer that is a future: for who awaits a reply. One that is given up hears nothing."""
+
+    __slots__ = ("future",)
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_gone(self) -> bool:
+        return self.future.done()
+
+    def hear(self, reply: Any) -> None:
+        if self.future.done():
+            return
+        if isinstance(reply, RedisUnavailable):
+            self.future.set_exception(reply)
+            self.future.add_done_callback(_retrieve)
+        else:
+            self.future.set_result(reply)
+
+
+def _tell(hearer: Hearer, reply: Any) -> None:
+    """One that fails takes no other's reply away."""
+    try:
+        hearer.hear(reply)
+    except Exception:
+        log.exception("redis_reply_crashed")
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
     """Mark a failure as seen: a caller that went away does not look."""
     if not future.cancelled():
         future.exception()

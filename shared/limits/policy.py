@@ -9,6 +9,8 @@ from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from shared.limits.resp import encoded
+
 MINUTE_S = 60
 HOUR_S = 3_600
 DAY_S = 86_400
@@ -93,7 +95,7 @@ class Subject:
     owner: str = ""
     ceilings: tuple[Subject, ...] = ()
 
-    @property
+    @cached_property
     def state_name(self) -> str:
         """Redis: the state of the windows."""
         return f"{{{self.tag}}}:limit:{self.limit_id}"
@@ -124,6 +126,12 @@ class Subject:
         )
 
     @cached_property
+    def encoded(self) -> tuple[int, bytes, bytes]:
+        """The same for a packed command: how many, the names, and what the script is told of version and quotas."""
+        count = 2 + len(self.names) + len(self.figures)
+        return count, encoded(len(self.names), *self.names), encoded(self.version, *self.figures)
+
+    @cached_property
     def windows(self) -> tuple[tuple[int, str, int, int, str], ...]:
         """The windows that are there: where their figures stand in the script's answer, name, length, quota, owner."""
         return tuple(
@@ -137,6 +145,16 @@ class Subject:
     def policy(self) -> str:
         """The RateLimit-Policy of these limits."""
         return ",".join([f'"{name}";q={quota};w={length_s}' for _, name, length_s, quota, _ in self.windows])
+
+    @cached_property
+    def headers(self) -> bytes:
+        """The headers of an admission: to be filled with remaining and reset of each window, then with quota,
+        remaining and reset of the tightest."""
+        windows = ",".join([f'"{name}";r=%d;t=%d' for _, name, *_ in self.windows])
+        return (
+            f"ratelimit-policy: {self.policy}\r\nratelimit: {windows}\r\nx-ratelimit-limit-requests: %d\r\n"
+            "x-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %s\r\n"
+        ).encode()
 
     @cached_property
     def lease_names(self) -> tuple[str, ...]:
@@ -204,8 +222,7 @@ class Decision:
         return max(1, math.ceil(violated.wait_s)) if violated else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """A place among the concurrent requests of `names`: in Redis, or in this process when `local`."""
 
     id: str

@@ -8,7 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from shared.limits.link import Argument, CommandRefused, Link, RedisUnavailable
+from shared.limits.link import CommandRefused, Link, RedisUnavailable
+from shared.limits.resp import Argument, encoded
 
 
 class Script:
@@ -18,6 +19,7 @@ class Script:
         self._link = link
         self._text = text
         self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self._by_digest, self._by_text = encoded("EVALSHA", self._sha), encoded("EVAL", text)
 
     @classmethod
     def read(cls, link: Link, path: Path) -> Script:
@@ -26,24 +28,20 @@ class Script:
     async def __call__(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> Any:
         """The script's answer. Raises RedisUnavailable."""
         prepared = self.prepared(names, arguments)
-        return await self.finish(self.start(prepared), prepared)
-
-    def prepared(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
-        """A call as `start` and `finish` take it."""
-        return (len(names), *names, *arguments)
-
-    def start(self, prepared: tuple[Argument, ...]) -> asyncio.Future[Any]:
-        """Call the script. What comes of it may be NOSCRIPT: `finish` knows what to do. Raises RedisUnavailable."""
-        return self._link.call("EVALSHA", self._sha, *prepared)
-
-    async def finish(self, call: asyncio.Future[Any], prepared: tuple[Argument, ...]) -> Any:
-        """The answer of a call that was started. Raises RedisUnavailable."""
         try:
-            return await call
+            return await self._link.call("EVALSHA", self._sha, *prepared)
         except CommandRefused as e:
             if not e.is_noscript:
                 raise
         return await self._link.call("EVAL", self._text, *prepared)
+
+    def prepared(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
+        """A call's arguments in Redis's order."""
+        return (len(names), *names, *arguments)
+
+    def packed(self, count: int, arguments: bytes, *, with_text: bool = False) -> bytes:
+        """A call as it is sent; `arguments`: `count` of them, encoded. Without its text it may be NOSCRIPT."""
+        return b"*%d\r\n%b%b" % (count + 2, self._by_text if with_text else self._by_digest, arguments)
 
     def send(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> None:
         """Run it and ignore what comes of it."""

@@ -241,7 +241,7 @@ def test_the_log_keeps_a_share_of_what_went_well_and_everything_else() -> None:
     for status, complete in [(200, True)] * 100 + [(429, True)] * 3 + [(502, True), (200, False)]:
         exchange = Exchange()
         exchange.request_id, exchange.status, exchange.complete, exchange.route = "r", status, complete, "/v1/models"
-        log.write(exchange, 1_763_700_000.0, 0.0123)
+        log.write(exchange, datetime(2025, 11, 21, 4, 40, tzinfo=UTC), 0.0123)
     lines = [json.loads(line) for line in out.getvalue().splitlines()]
     assert Counter((line["status_code"], line["complete"]) for line in lines) == {
         (200, True): 25,

@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from shared.limits import Decision, Limits, RedisLimiter, RedisLink, Script, Subject
 from shared.limits.limiter import ADMIT
-from shared.limits.link import Argument
+from shared.limits.resp import encoded
 from tests.conftest import Components
 from tests.shared.limits_oracle import EPOCH, SECOND, Oracle
 
@@ -27,8 +27,9 @@ class TimedScript(Script):
         super().__init__(link, text.replace(CLOCK_CALL, "{ ARGV[#ARGV - 1], ARGV[#ARGV] }"))
         self.now = EPOCH
 
-    def prepared(self, names: tuple[str, ...], arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
-        return super().prepared(names, (*arguments, self.now // SECOND, self.now % SECOND))
+    def packed(self, count: int, arguments: bytes, *, with_text: bool = False) -> bytes:
+        time = encoded(self.now // SECOND, self.now % SECOND)
+        return super().packed(count + 2, arguments + time, with_text=with_text)
 
 
 class TimedLimiter:

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from shared.limits import Limits, RedisLimiter, RedisLink, Subject
+from shared.limits import Limits, Question, RedisLimiter, RedisLink, Subject
 from tests.shared.limits_oracle import SECOND, Oracle, arrivals
 from tests.shared.limits_timed import TimedLimiter, subject
 
@@ -145,9 +145,12 @@ async def test_a_question_that_is_left_keeps_no_lease_whether_or_not_its_answer_
     limiter = RedisLimiter(link)
     it = subject(Limits(concurrency=5))
     await limiter.admit(it, weight=0)
-    unanswered, answered = limiter.ask(it, 1), limiter.ask(it, 1)
+    heard: list[Question] = []
+    unanswered, answered = limiter.ask(it, 1, heard.append), limiter.ask(it, 1, heard.append)
     limiter.leave(unanswered)
-    await answered.call
+    await link.call("PING")
+    assert heard == [answered]
+    assert answered.is_admitted
     limiter.leave(answered)
     assert await link.call("ZCARD", it.leases_name) == 0
     lease = (await limiter.admit(it)).lease

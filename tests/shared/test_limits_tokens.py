@@ -12,7 +12,7 @@ import pytest
 
 from shared.clock import FixedClock, SystemClock
 from shared.limits import RedisLink, Script, TokenLimiter, TokenSubject, token_headers
-from shared.limits.link import Argument
+from shared.limits.resp import Argument
 from shared.limits.tokens import RESERVE
 from tests.conftest import Components
 from tests.gateway.outages import eventually

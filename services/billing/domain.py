@@ -152,6 +152,7 @@ class WalletView:
     spent: int
     is_frozen: bool
     created_at: datetime
+    frozen_reason: str | None = None
 
 
 BudgetSubject = Literal["key", "member"]

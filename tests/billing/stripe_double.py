@@ -33,6 +33,8 @@ class StripeDouble:
     """`hang_after_success`, `fail_next`: how many of the next requests to make a session go wrong, and how."""
 
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    intents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    disputes: list[dict[str, Any]] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     hang_after_success: int = 0
     fail_next: int = 0
@@ -72,6 +74,18 @@ class StripeDouble:
             return _problem(404, "invalid_request_error", "No such checkout.session")
         return web.json_response(session)
 
+    async def intent(self, request: web.Request) -> web.Response:
+        """GET /v1/payment_intents/{id}?expand[]=latest_charge"""
+        intent = self.intents.get(request.match_info["id"])
+        if intent is None:
+            return _problem(404, "invalid_request_error", "No such payment_intent")
+        return web.json_response(intent)
+
+    async def disputed(self, request: web.Request) -> web.Response:
+        """GET /v1/disputes?payment_intent="""
+        data = [d for d in self.disputes if d["payment_intent"] == request.query["payment_intent"]]
+        return web.json_response({"object": "list", "data": data, "has_more": False, "url": "/v1/disputes"})
+
     def of(self, topup_id: str) -> dict[str, Any]:
         """The one session of a top-up."""
         [session] = [s for s in self.sessions.values() if s["client_reference_id"] == topup_id]
@@ -80,8 +94,35 @@ class StripeDouble:
     def pay(self, topup_id: str) -> dict[str, Any]:
         """The customer pays; the event that says so."""
         session = self.of(topup_id)
-        session |= {"payment_status": "paid", "status": "complete"}
+        intent_id = f"pi_{session['id']}"
+        session |= {"payment_status": "paid", "status": "complete", "payment_intent": intent_id}
+        charge: dict[str, Any] = {"id": f"ch_{session['id']}", "object": "charge", "payment_intent": intent_id}
+        charge |= {"amount": session["amount_total"], "amount_refunded": 0, "currency": session["currency"]}
+        intent = {"id": intent_id, "object": "payment_intent", "metadata": session["metadata"]}
+        self.intents.setdefault(intent_id, {**intent, "latest_charge": charge})
         return self.event("checkout.session.completed", session)
+
+    def refund(self, topup_id: str, money_minor: int) -> list[dict[str, Any]]:
+        """Some money goes back; the events that say so."""
+        charge = self.intents[self.of(topup_id)["payment_intent"]]["latest_charge"]
+        charge["amount_refunded"] += money_minor
+        refund: dict[str, Any] = {"id": f"re_{secrets.token_hex(8)}", "object": "refund", "amount": money_minor}
+        refund |= {"payment_intent": charge["payment_intent"], "status": "succeeded"}
+        return [self.event("refund.created", refund), self.event("charge.refunded", charge)]
+
+    def dispute(self, topup_id: str) -> dict[str, Any]:
+        """The customer disputes the payment, all of it."""
+        session = self.of(topup_id)
+        dispute = {"id": f"dp_{secrets.token_hex(8)}", "object": "dispute", "payment_intent": session["payment_intent"]}
+        dispute |= {"amount": session["amount_total"], "status": "needs_response"}
+        self.disputes.append(dispute)
+        return self.event("charge.dispute.created", dispute)
+
+    def close(self, topup_id: str, status: str) -> dict[str, Any]:
+        """The newest dispute ends: `won` or `lost`."""
+        dispute = [d for d in self.disputes if d["payment_intent"] == self.of(topup_id)["payment_intent"]][-1]
+        dispute["status"] = status
+        return self.event("charge.dispute.closed", dispute)
 
     def expire(self, topup_id: str) -> dict[str, Any]:
         """The session's day is over; the event that says so."""
@@ -132,6 +173,8 @@ async def stripe_double() -> AsyncIterator[StripeDouble]:
     server = web.Application()
     server.router.add_post("/v1/checkout/sessions", double.create)
     server.router.add_get("/v1/checkout/sessions/{id}", double.retrieve)
+    server.router.add_get("/v1/payment_intents/{id}", double.intent)
+    server.router.add_get("/v1/disputes", double.disputed)
     runner = web.AppRunner(server, shutdown_timeout=0.1)
     await runner.setup()
     try:

@@ -8,9 +8,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from services.billing.errors import BudgetExceeded
 from services.billing.service import budgets as service
 from shared.identity import Identity
-from tests.billing.harness import App, Ledger, person, settle, signed
+from tests.billing.harness import App, Ledger, grant, operator, person, settle, signed
 
 BUDGETS = "/api/v1/billing/budgets"
 SOMEBODY = UUID(int=7)
@@ -132,6 +133,42 @@ async def test_what_was_spent_and_is_held_counts_for_budgets_that_come_later(
     for subject, room in (({"key_id": key_id}, 10), ({"user_id": member}, 20)):
         clamped = await ledger.held(org_id, 100, clamp=True, **subject)
         assert clamped.output_tokens == room, subject
+
+
+async def test_a_charge_is_within_the_budgets_of_its_key_and_member_and_counts_for_them(
+    app: App, ledger: Ledger, org_id: UUID
+) -> None:
+    """Also after the books are loaded anew."""
+    await ledger.writer.submit(grant(org_id, 1_000))
+    who = person(org_id, scopes=("billing:read", "billing:write"))
+    for path in (f"keys/{who.key_id}", f"members/{who.user_id}"):
+        await app.http.put(f"{BUDGETS}/{path}", json={"day": "0.000000100"}, headers=signed(owner(org_id), **key()))
+
+    async def charged(nano: int, by: Identity) -> tuple[int, str | None]:
+        body = {"amount": f"0.{nano:09}", "description": "a picture"}
+        answer = await app.http.post("/billing/charge", json=body, headers=signed(by, **key()))
+        return answer.status_code, answer.json().get("code")
+
+    assert await charged(70, who) == (201, None)
+    assert await charged(31, who) == (402, "budget_exceeded")
+    colleague = owner(org_id)
+    assert await charged(31, colleague) == (201, None)
+    await ledger.pool.execute("UPDATE billing.wallet SET version = version + 1 WHERE id = $1", org_id)
+    assert await charged(31, who) == (402, "budget_exceeded")
+    assert await charged(30, who) == (201, None)
+    assert {b["spent_day"] for b in await listed(app, who)} == {"0.0000001"}
+    hold = {"key_id": UUID(who.key_id), "user_id": UUID(who.user_id)}
+    with pytest.raises(BudgetExceeded):
+        await ledger.held(org_id, 1, clamp=True, **hold)
+    audit = await app.http.get(f"/api/v1/admin/billing/wallets/{org_id}/audit?limit=2", headers=signed(operator()))
+    assert [(a["kind"], a["credits"], a["reason"]) for a in audit.json()["data"]] == [
+        ("charge", "0.00000003", "a picture"),
+        ("charge", "0.000000031", "a picture"),
+    ]
+    path = f"/api/v1/admin/billing/wallets/{org_id}/audit?cursor={audit.json()['next_cursor']}"
+    rest = (await app.http.get(path, headers=signed(operator()))).json()
+    assert (len(rest["data"]), rest["next_cursor"]) == (1, None)
+    await ledger.verified()
 
 
 @pytest.mark.parametrize(

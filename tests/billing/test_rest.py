@@ -47,6 +47,7 @@ async def test_the_first_look_opens_the_wallet_with_its_signup_credits(app: App,
             "granted": "0.000001",
             "spent": "0.00",
             "frozen": False,
+            "frozen_reason": None,
         }
 
 

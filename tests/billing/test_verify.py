@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 from services.billing.cli import app
 from services.billing.domain import DEFAULT_CLASS, PriceTerms
-from services.billing.ledger.operations import ExtendHold
+from services.billing.ledger.operations import Charge, ExtendHold
 from services.billing.repository.checks import CHECKS, STRANGERS
 from services.billing.repository.verification import examine
 from services.billing.tables.ledger import APPEND_ONLY
+from shared.ids import uuid7
 from tests.billing.harness import Ledger, owner, place, settle
 
 # Each as somebody would do it who can switch the guards off; and the check that must notice.
@@ -33,6 +34,7 @@ TAMPERING = {
     "balances follow from the transfers": "UPDATE billing.transfer SET balance_after = balance_after + 1",
     "transfers belong to operations that were applied": "UPDATE billing.op SET refusal = 'insufficient_quota'",
     "usage by day equals the transfers of usage": "UPDATE billing.usage_day SET cost = cost + 1",
+    "charges by day equal the transfers of charges": "UPDATE billing.charge_day SET amount = amount + 1",
     "what belongs to a hold has one": "DELETE FROM billing.hold",
     "holds are covered by their slices": "DELETE FROM billing.hold_slice",
     "holds cost what their price says": "UPDATE billing.hold SET output_tokens = output_tokens + 1",
@@ -66,6 +68,7 @@ async def some_history(ledger: Ledger, org_id: UUID) -> None:
     await ledger.writer.submit(ExtendHold(org_id, held.hold_id, 1, 300))
     await ledger.writer.submit(settle(org_id, held.hold_id, 120))
     await ledger.writer.submit(place(org_id, 40))
+    await ledger.writer.submit(Charge(org_id, org_id, f"key:{uuid4()}", "user:test", uuid7(), 7, "test", uuid4()))
 
 
 async def test_transfers_of_a_wallet_that_is_not_there_are_noticed(ledger: Ledger, org_id: UUID) -> None:

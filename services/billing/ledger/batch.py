@@ -31,6 +31,7 @@ from services.billing.ledger.operations import (
     PlaceHold,
     Refund,
     Settle,
+    TakeBack,
     Void,
 )
 from services.billing.ledger.results import Result, result_from_json, result_to_json
@@ -201,8 +202,10 @@ class Batch:
             elif isinstance(operation, _RESOLVING) and (book is None or operation.hold_id not in book.holds):
                 if operation.hold_id not in placed:
                     hold_ids.add(operation.hold_id)
-            elif isinstance(operation, Refund) and book is not None and operation.source_id not in book.draws:
-                await repository.load_draws(self._connection, book, operation.source_id)
+            elif isinstance(operation, Refund | TakeBack) and book is not None:
+                source_id = operation.source_id if isinstance(operation, Refund) else operation.grant_id
+                if source_id not in book.draws:
+                    await repository.load_draws(self._connection, book, source_id)
         if prices:
             self._memory.prices.update(await repository.load_prices(self._connection, prices))
         if hold_ids:

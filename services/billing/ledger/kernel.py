@@ -46,10 +46,12 @@ from services.billing.ledger.operations import (
     PlaceHold,
     Refund,
     Settle,
+    TakeBack,
     Void,
 )
 from services.billing.ledger.results import Extended, Frozen, Held, HoldExtended, Result, Settled, Voided
 from services.billing.ledger.rows import (
+    AuditRow,
     HoldExtensionRow,
     HoldRow,
     OpenHoldRow,
@@ -204,6 +206,9 @@ def _expire(journal: Journal, book: Book, op: ExpireHold) -> Settled:
 def _freeze(journal: Journal, book: Book, op: Freeze) -> Frozen:
     book.is_frozen = op.frozen
     journal.books[book.wallet_id] = book
+    journal.rows.audit.append(
+        AuditRow(book.wallet_id, journal.op_id, op.kind, None, op.frozen, op.reason, op.actor, journal.now)
+    )
     return Frozen(op.frozen)
 
 
@@ -348,6 +353,7 @@ _RULES: dict[type[Operation], Any] = {
     GrantCredits: movements.grant,
     Charge: movements.charge,
     Refund: movements.refund,
+    TakeBack: movements.take_back,
     Freeze: _freeze,
     ExpireGrant: movements.expire_grant,
     OpenWallet: _nothing,

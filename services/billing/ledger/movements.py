@@ -7,6 +7,7 @@ from uuid import UUID
 from services.billing.domain import INT8_MAX
 from services.billing.errors import (
     AmountTooLarge,
+    BudgetExceeded,
     CreditsReserved,
     ExpiryInPast,
     InsufficientCredits,
@@ -15,10 +16,11 @@ from services.billing.errors import (
     WalletFrozen,
 )
 from services.billing.ledger.book import Account, Book, Draw, Journal
-from services.billing.ledger.operations import GRANT_PRIORITY, Charge, ExpireGrant, GrantCredits, Refund
-from services.billing.ledger.results import Charged, Granted, GrantExpired, Refunded
+from services.billing.ledger.cover import CREDITS_RESERVED_RETRY_S, room_of
+from services.billing.ledger.operations import GRANT_PRIORITY, Charge, ExpireGrant, GrantCredits, Refund, TakeBack
+from services.billing.ledger.results import Charged, Granted, GrantExpired, Refunded, TakenBack
+from services.billing.ledger.rows import AuditRow, ChargeDay
 
-CREDITS_RESERVED_RETRY_S = 2
 REFUND_SOURCE = "refund"
 
 
@@ -52,7 +54,10 @@ def expire_grant(journal: Journal, book: Book, op: ExpireGrant) -> GrantExpired:
 
 
 def charge(journal: Journal, book: Book, op: Charge) -> Charged:
-    """Take the amount, whole, in the order in which grants are drawn. Raises the refusals of a hold."""
+    """Take the amount, whole, in the order in which grants are drawn, within the budgets of whoever takes it.
+
+    Raises the refusals of a hold.
+    """
     if book.is_frozen:
         raise WalletFrozen()
     revenue, now = book.accounts["revenue"], journal.now
@@ -62,9 +67,17 @@ def charge(journal: Journal, book: Book, op: Charge) -> Charged:
         raise InsufficientCredits()
     if op.amount > book.available(now):
         raise CreditsReserved(retry_after_s=CREDITS_RESERVED_RETRY_S)
+    spendings = book.spendings(op.key_id, op.user_id)
+    if op.amount > room_of(spendings, journal):
+        raise BudgetExceeded()
     for part in book.draw(op.amount, now):
         account = book.grants[part.account_id].account
         book.post(journal, account, revenue, part.amount, "charge", hold_id=op.charge_id)
+    for spending in spendings:
+        spending.add(op.amount, journal.today)
+    day = ChargeDay(book.wallet_id, journal.today, op.key_id, op.user_id)
+    journal.rows.charges[day] = journal.rows.charges.get(day, 0) + op.amount
+    _note(journal, book, op, op.amount)
     return Charged(op.charge_id, op.amount, book.available(now))
 
 
@@ -73,7 +86,7 @@ def refund(journal: Journal, book: Book, op: Refund) -> Refunded:
 
     `book.draws` has the source's transfers, and `book.grants` the grants that they name, spent ones included.
     """
-    draws = book.draws.get(op.source_id, [])
+    draws = [draw for draw in book.draws.get(op.source_id, ()) if draw.code != "reversal"]
     refundable = sum(-draw.amount if draw.code == "refund" else draw.amount for draw in draws)
     if refundable == 0:
         raise NothingToRefund()
@@ -100,7 +113,30 @@ def refund(journal: Journal, book: Book, op: Refund) -> Refunded:
         )
         book.post(journal, revenue, made.account, fresh, "refund", hold_id=op.source_id)
     tidy(journal, book)
+    _note(journal, book, op, amount)
     return Refunded(amount, refundable - amount, book.owed, book.available(journal.now))
+
+
+def take_back(journal: Journal, book: Book, op: TakeBack) -> TakenBack:
+    """What is free of the grant goes back to funding, and the rest is owed to it.
+
+    `book.draws` has what was taken back of the grant before. Raises AmountTooLarge.
+    """
+    before = sum(draw.amount for draw in book.draws.get(op.grant_id, ()) if draw.code == "reversal")
+    amount = max(0, op.total - before)
+    funding, receivable = book.accounts["funding"], book.accounts["receivable"]
+    if max(funding.credits_posted, receivable.debits_posted) > INT8_MAX - amount:
+        raise AmountTooLarge()
+    found = book.grants.get(op.grant_id)
+    free = min(amount, found.account.free) if found is not None else 0
+    if found is not None and free > 0:
+        book.post(journal, found.account, funding, free, "reversal", hold_id=op.grant_id)
+    if amount > free:
+        book.post(journal, receivable, funding, amount - free, "reversal", hold_id=op.grant_id)
+    tidy(journal, book)
+    if amount > 0:
+        _note(journal, book, op, amount)
+    return TakenBack(amount, before + amount, book.owed, book.available(journal.now))
 
 
 def tidy(journal: Journal, book: Book) -> None:
@@ -113,6 +149,12 @@ def tidy(journal: Journal, book: Book) -> None:
         for part in book.draw(book.owed, journal.now):
             account, receivable = book.grants[part.account_id].account, book.accounts["receivable"]
             book.post(journal, account, receivable, part.amount, "repayment")
+
+
+def _note(journal: Journal, book: Book, op: Charge | Refund | TakeBack, amount: int) -> None:
+    journal.rows.audit.append(
+        AuditRow(book.wallet_id, journal.op_id, op.kind, amount, None, op.reason, op.actor, journal.now)
+    )
 
 
 def _unwound(draws: list[Draw], amount: int) -> list[tuple[UUID, int]]:

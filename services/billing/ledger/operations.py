@@ -119,11 +119,13 @@ class Charge(AuthoredOperation):
     """
 
     kind = "charge"
-    incidental = frozenset({"charge_id"})
+    incidental = frozenset({"charge_id", "user_id", "key_id"})
 
     charge_id: UUID
     amount: int
     reason: str
+    user_id: UUID | None = None
+    key_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,20 @@ class Refund(AuthoredOperation):
     source_id: UUID
     account_id: UUID
     amount: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeBack(AuthoredOperation):
+    """Take credits of a grant back, since its money went back: `total` in all, however often it comes.
+
+    What is not free of the grant any more is owed.
+    """
+
+    kind = "take_back"
+
+    grant_id: UUID
+    total: int
     reason: str
 
 

@@ -77,6 +77,16 @@ class Refunded:
 
 
 @dataclass(frozen=True, slots=True)
+class TakenBack:
+    """`amount` was taken back now, `total` in all; what of it was not there is in `receivable`."""
+
+    amount: int
+    total: int
+    receivable: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
 class Frozen:
     frozen: bool
 
@@ -86,7 +96,7 @@ class GrantExpired:
     amount: int
 
 
-Remembered = Granted | Held | HoldExtended | Settled | Voided | Charged | Refunded | Frozen | GrantExpired
+Remembered = Granted | Held | HoldExtended | Settled | Voided | Charged | Refunded | TakenBack | Frozen | GrantExpired
 Result = Remembered | Extended | None
 
 _RESULTS: dict[str, type[Remembered]] = {
@@ -98,6 +108,7 @@ _RESULTS: dict[str, type[Remembered]] = {
     "expire": Settled,
     "charge": Charged,
     "refund": Refunded,
+    "take_back": TakenBack,
     "freeze": Frozen,
     "expire_grant": GrantExpired,
 }

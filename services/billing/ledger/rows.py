@@ -10,7 +10,7 @@ from datetime import date, datetime
 from typing import Literal, NamedTuple
 from uuid import UUID
 
-TransferCode = Literal["grant", "usage", "late", "receivable", "repayment", "expiry", "charge", "refund"]
+TransferCode = Literal["grant", "usage", "late", "receivable", "repayment", "expiry", "charge", "refund", "reversal"]
 ResolutionKind = Literal["post", "void", "expire"]
 
 
@@ -175,6 +175,28 @@ class Rollup(NamedTuple):
     user_id: UUID | None
 
 
+class AuditRow(NamedTuple):
+    """What somebody did to a wallet by hand, and why. `frozen` is of a freeze, `amount` of the others."""
+
+    wallet_id: UUID
+    op_id: UUID
+    kind: str
+    amount: int | None
+    frozen: bool | None
+    reason: str
+    actor: str
+    created_at: datetime
+
+
+class ChargeDay(NamedTuple):
+    """Whose charges of which day (UTC): the key of billing.charge_day."""
+
+    wallet_id: UUID
+    day: date
+    key_id: UUID | None
+    user_id: UUID | None
+
+
 @dataclass(slots=True)
 class Rows:
     """What a batch writes, besides the counters of the accounts that it touched."""
@@ -193,3 +215,5 @@ class Rows:
     rollups: dict[Rollup, list[int]] = field(default_factory=dict)
     expired_grants: list[UUID] = field(default_factory=list)
     operations: list[OperationRow] = field(default_factory=list)
+    audit: list[AuditRow] = field(default_factory=list)
+    charges: dict[ChargeDay, int] = field(default_factory=dict)

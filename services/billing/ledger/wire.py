@@ -23,6 +23,7 @@ _KINDS: dict[str, type[Operation]] = {
         operations.GrantCredits,
         operations.Charge,
         operations.Refund,
+        operations.TakeBack,
         operations.Freeze,
         operations.PlaceHold,
         operations.Heartbeat,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.billing.errors import InvalidSignature
-from services.billing.payments.port import Checkout, Order, PaymentReport, PaymentState
+from services.billing.payments.port import Checkout, Order, PaymentReport, PaymentState, Standing
 
 
 class ManualPayments:
@@ -16,6 +16,10 @@ class ManualPayments:
 
     async def look_up(self, order: Order, session_id: str) -> PaymentReport:
         return PaymentReport(order.topup_id, session_id, PaymentState.PAID, order.currency, order.money_minor)
+
+    async def standing(self, payment_id: str) -> Standing | None:
+        """Operators take back by hand."""
+        return None
 
     def read_event(self, payload: bytes, signature: str) -> PaymentReport | None:
         """Nobody reports for operators."""

@@ -50,6 +50,36 @@ class PaymentReport:
     money_minor: int
 
 
+@dataclass(frozen=True, slots=True)
+class MoneyMoved:
+    """Something of a payment went back, or is disputed: how it stands is to be asked."""
+
+    payment_id: str
+
+
+class DisputeState(StrEnum):
+    OPEN = "open"
+    WON = "won"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Dispute:
+    id: str
+    state: DisputeState
+    money_minor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What became of the money of a paid top-up: `refunded_minor` in all, and every dispute."""
+
+    topup_id: UUID
+    currency: str
+    refunded_minor: int
+    disputes: tuple[Dispute, ...]
+
+
 class PaymentProvider(Protocol):
     """Every call has a time limit of its own and raises PaymentUnavailable when nobody knows what came of it."""
 
@@ -61,7 +91,10 @@ class PaymentProvider(Protocol):
     async def look_up(self, order: Order, session_id: str) -> PaymentReport:
         """How a payment stands."""
 
-    def read_event(self, payload: bytes, signature: str) -> PaymentReport | None:
+    async def standing(self, payment_id: str) -> Standing | None:
+        """What became of a payment's money; None for one that is not ours."""
+
+    def read_event(self, payload: bytes, signature: str) -> PaymentReport | MoneyMoved | None:
         """What a webhook reports; None when it is about something else. Raises InvalidSignature, InvalidRequest."""
 
     async def close(self) -> None:

@@ -16,7 +16,16 @@ import aiohttp
 import stripe
 
 from services.billing.errors import InvalidSignature, PaymentRefused, PaymentUnavailable
-from services.billing.payments.port import Checkout, Order, PaymentReport, PaymentState
+from services.billing.payments.port import (
+    Checkout,
+    Dispute,
+    DisputeState,
+    MoneyMoved,
+    Order,
+    PaymentReport,
+    PaymentState,
+    Standing,
+)
 from shared.errors import InvalidRequest
 from shared.money import format_credits
 from shared.telemetry import get_logger
@@ -24,6 +33,7 @@ from shared.telemetry import get_logger
 log = get_logger(__name__)
 
 SIGNATURE_TOLERANCE_S = 300
+NOT_FOUND = 404
 # Of the many kinds of events, those that change what a top-up's payment comes to.
 EVENTS = frozenset(
     (
@@ -34,6 +44,12 @@ EVENTS = frozenset(
     )
 )
 
+# Of charges, refunds and disputes, which all name their payment intent. Stripe promises no order of them, so what
+# counts is not what they say but how the payment stands when one comes.
+MOVED = ("charge.refunded", "charge.refund.", "refund.", "charge.dispute.")
+DISPUTES_MAX = 100
+_ENDED = {"won": DisputeState.WON, "lost": DisputeState.LOST, "prevented": DisputeState.WON}
+_INQUIRY = "warning_"  # no money moves
 
 UNUSABLE = (stripe.StripeError, aiohttp.ClientError, TimeoutError)  # the library lets through what breaks a body
 
@@ -102,7 +118,30 @@ class StripePayments:
             raise _unusable(e) from e
         return _report(session.to_dict())
 
-    def read_event(self, payload: bytes, signature: str) -> PaymentReport | None:
+    async def standing(self, payment_id: str) -> Standing | None:
+        """See the port. The intent has the top-up's id in its metadata."""
+        try:
+            intent = await self._client.v1.payment_intents.retrieve_async(payment_id, {"expand": ["latest_charge"]})
+            disputes = await self._client.v1.disputes.list_async({"payment_intent": payment_id, "limit": DISPUTES_MAX})
+        except stripe.InvalidRequestError as e:
+            if e.http_status == NOT_FOUND:
+                return None
+            raise _unusable(e) from e
+        except UNUSABLE as e:
+            raise _unusable(e) from e
+        found = intent.to_dict()
+        topup_id = _uuid((found.get("metadata") or {}).get("topup_id"))
+        charge = found.get("latest_charge")
+        if topup_id is None or not isinstance(charge, dict):
+            return None
+        return Standing(
+            topup_id,
+            str(charge.get("currency") or ""),
+            int(charge.get("amount_refunded") or 0),
+            tuple(_dispute(d) for d in disputes.to_dict()["data"] if not str(d.get("status")).startswith(_INQUIRY)),
+        )
+
+    def read_event(self, payload: bytes, signature: str) -> PaymentReport | MoneyMoved | None:
         """See the port."""
         try:
             stripe.WebhookSignature.verify_header(
@@ -113,9 +152,14 @@ class StripePayments:
             raise InvalidSignature() from e
         except ValueError as e:
             raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from e
-        if not isinstance(event, dict) or event.get("type") not in EVENTS:
+        if not isinstance(event, dict):
             return None
         session = event.get("data", {}).get("object", {})
+        if str(event.get("type")).startswith(MOVED):
+            payment_id = session.get("payment_intent")
+            return MoneyMoved(payment_id) if isinstance(payment_id, str) else None
+        if event.get("type") not in EVENTS:
+            return None
         if _topup_id(session) is None:
             return None  # a session that somebody else made under the same account
         report = _report(session)
@@ -148,9 +192,18 @@ def _report(session: dict[str, Any]) -> PaymentReport:
     )
 
 
+def _dispute(found: dict[str, Any]) -> Dispute:
+    state = _ENDED.get(str(found.get("status")), DisputeState.OPEN)
+    return Dispute(str(found.get("id")), state, int(found.get("amount") or 0))
+
+
 def _topup_id(session: dict[str, Any]) -> UUID | None:
+    return _uuid(session.get("client_reference_id"))
+
+
+def _uuid(value: object) -> UUID | None:
     try:
-        return UUID(str(session.get("client_reference_id")))
+        return UUID(str(value))
     except ValueError:
         return None
 

@@ -18,7 +18,9 @@ async def budgets(database: Database, org_id: UUID) -> list[Budget]:
             FROM billing.budget WHERE wallet_id = $1 GROUP BY subject, subject_id)
         SELECT b.subject, b.subject_id, b.day, b.month, coalesce(s.day, 0)::int8, coalesce(s.month, 0)::int8
         FROM budgets b CROSS JOIN today t CROSS JOIN LATERAL (
-            SELECT sum(u.cost) FILTER (WHERE u.day = t.today) AS day, sum(u.cost) AS month FROM billing.usage_day u
+            SELECT sum(u.cost) FILTER (WHERE u.day = t.today) AS day, sum(u.cost) AS month
+            FROM (SELECT wallet_id, key_id, user_id, day, cost FROM billing.usage_day
+                UNION ALL SELECT wallet_id, key_id, user_id, day, amount FROM billing.charge_day) u
             WHERE u.wallet_id = $1 AND u.day BETWEEN date_trunc('month', t.today)::date AND t.today
                 AND b.subject_id = CASE b.subject WHEN 'key' THEN u.key_id ELSE u.user_id END) s
         ORDER BY b.subject, b.subject_id""",

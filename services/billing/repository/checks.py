@@ -41,6 +41,7 @@ CHECKS = (
     "what is pending equals the slices of open holds",
     "who owes has nothing available",
     "usage by day equals the transfers of usage",
+    "charges by day equal the transfers of charges",
     "what belongs to a hold has one",
     "holds are covered by their slices",
     "holds cost what their price says",
@@ -135,6 +136,17 @@ BOOKS = (
         FROM w LEFT JOIN used u ON u.wallet_id = w.id LEFT JOIN days d ON d.wallet_id = w.id
             LEFT JOIN carried c ON c.account = '00000000-0000-0000-0000-000000000000') x
     WHERE x.cost <> x.amount""",
+    """, charged AS (
+        SELECT coalesce(sum(amount), 0) AS amount, wallet_id FROM t WHERE code = 'charge' GROUP BY wallet_id),
+    days AS (
+        SELECT wallet_id, sum(amount) AS amount FROM billing.charge_day WHERE wallet_id = ANY($1) GROUP BY wallet_id)
+    SELECT 'charges by day equal the transfers of charges', x.id,
+        format('by day %s, transfers %s', x.by_day, x.amount)
+    FROM (
+        SELECT w.id, coalesce(d.amount, 0) AS by_day, coalesce(c.amount, 0) + coalesce(k.debits, 0) AS amount
+        FROM w LEFT JOIN charged c ON c.wallet_id = w.id LEFT JOIN days d ON d.wallet_id = w.id
+            LEFT JOIN carried k ON k.account = '00000000-0000-0000-0000-000000000001') x
+    WHERE x.by_day <> x.amount""",
 )
 
 # Of holds: after $1, up to $2. A look at the index for each hold costs the same whatever the planner knows of a table.
@@ -227,11 +239,13 @@ HOLDS = (
         OR (r.kind <> 'void' AND (o.result->>'settled')::int8 IS DISTINCT FROM r.amount))""",
 )
 
-# What the transfers of a part moved, to be carried into the next one; and, under nobody's id, what usage came to.
+# What the transfers of a part moved, to be carried into the next one; and, under ids of nobody, what usage came to
+# and what charges did.
 MOVED = """
     SELECT account, sum(debits), sum(credits) FROM (
         SELECT debit_account AS account, amount AS debits, 0 AS credits FROM t
         UNION ALL SELECT credit_account, 0, amount FROM t
         UNION ALL SELECT '00000000-0000-0000-0000-000000000000', amount, 0 FROM t
             WHERE code IN ('usage', 'late', 'receivable')
+        UNION ALL SELECT '00000000-0000-0000-0000-000000000001', amount, 0 FROM t WHERE code = 'charge'
         UNION ALL SELECT * FROM carried) legs GROUP BY account"""

@@ -64,7 +64,9 @@ async def wallet(database: Database, org_id: UUID) -> WalletView | None:
             sum(a.debits_posted - a.credits_posted) FILTER (WHERE a.kind = 'receivable')::int8 AS receivable,
             sum(a.debits_posted) FILTER (WHERE a.kind = 'funding')::int8 AS granted,
             sum(a.credits_posted - a.debits_posted) FILTER (WHERE a.kind = 'revenue')::int8 AS spent,
-            w.frozen_at IS NOT NULL AS is_frozen, w.created_at
+            w.frozen_at IS NOT NULL AS is_frozen, w.created_at,
+            CASE WHEN w.frozen_at IS NOT NULL THEN (SELECT f.reason FROM billing.audit f
+                WHERE f.wallet_id = w.id AND f.kind = 'freeze' ORDER BY f.op_id DESC LIMIT 1) END AS frozen_reason
         FROM billing.wallet w
         JOIN billing.account a ON a.wallet_id = w.id
         LEFT JOIN billing.credit_grant g ON g.account_id = a.id
@@ -87,11 +89,14 @@ async def lacks_signup(database: Database, org_id: UUID, user_id: UUID) -> bool:
 
 _TRANSACTIONS = """
     SELECT t.wallet_seq, t.id, t.code, t.amount, t.balance_after, t.hold_id, t.booked_at, t.effective_at,
-        h.model, u.build, u.input_tokens, u.cached_input_tokens, u.output_tokens, g.reason, g.expires_at
+        h.model, u.build, u.input_tokens, u.cached_input_tokens, u.output_tokens,
+        coalesce(a.reason, g.reason), g.expires_at
     FROM billing.transfer t
     LEFT JOIN billing.hold h ON h.id = t.hold_id
     LEFT JOIN billing.usage u ON u.hold_id = t.hold_id AND u.op_id = t.op_id
-    LEFT JOIN billing.credit_grant g ON g.account_id = t.credit_account
+    LEFT JOIN billing.credit_grant g ON g.account_id = t.credit_account AND t.code IN ('grant', 'refund')
+    LEFT JOIN billing.audit a ON a.wallet_id = t.wallet_id AND a.op_id = t.op_id
+        AND t.code IN ('charge', 'refund', 'reversal')
     WHERE t.wallet_id = $1 AND t.wallet_seq > $2 AND t.wallet_seq <= $3
         AND ($4::text[] IS NULL OR t.code = ANY($4))
         AND ($5::text IS NULL OR h.model = $5)
@@ -189,3 +194,28 @@ async def usage_sums(
         limit,
     )
     return [UsageSum(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """What somebody did to a wallet by hand, and why. `frozen` is of a freeze, `amount` of the others."""
+
+    id: UUID
+    kind: str
+    amount: int | None
+    frozen: bool | None
+    reason: str
+    actor: str
+    created_at: datetime
+
+
+async def audit(database: Database, org_id: UUID, *, before: UUID | None, limit: int) -> list[AuditEntry]:
+    """Newest first."""
+    rows = await database.fetch(
+        """SELECT op_id, kind, amount, frozen, reason, actor, created_at FROM billing.audit
+        WHERE wallet_id = $1 AND ($2::uuid IS NULL OR op_id < $2) ORDER BY op_id DESC LIMIT $3""",
+        org_id,
+        before,
+        limit,
+    )
+    return [AuditEntry(*row) for row in rows]

@@ -56,7 +56,8 @@ _BUDGETS = """
 # Sums of every key and member at once: one sum for each budget would read the month's rows as often as there are some.
 _SPENT = """
     SELECT wallet_id, key_id, user_id, coalesce(sum(cost) FILTER (WHERE day = $2::date), 0)::int8, sum(cost)::int8
-    FROM billing.usage_day
+    FROM (SELECT wallet_id, key_id, user_id, day, cost FROM billing.usage_day
+        UNION ALL SELECT wallet_id, key_id, user_id, day, amount FROM billing.charge_day) spent
     WHERE wallet_id = ANY($1) AND day BETWEEN date_trunc('month', $2::date)::date AND $2::date GROUP BY 1, 2, 3"""
 
 _HELD = """

@@ -203,6 +203,10 @@ WRITE = _statement()
 # Rare: in the statement of every batch they would cost each of them.
 _EXTEND = """INSERT INTO billing.hold_extension (hold_id, number, op_id, output_tokens, amount, created_at)
     VALUES ($1, $2, $3, $4, $5, $6)"""
+_AUDIT = """INSERT INTO billing.audit (wallet_id, op_id, kind, amount, frozen, reason, actor, created_at)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8)"""
+_CHARGE = """INSERT INTO billing.charge_day AS d (wallet_id, day, key_id, user_id, amount) VALUES ($1, $2, $3, $4, $5)
+    ON CONFLICT (wallet_id, day, key_id, user_id) DO UPDATE SET amount = d.amount + EXCLUDED.amount"""
 
 
 async def write(connection: Connection, journal: Journal) -> None:
@@ -233,6 +237,10 @@ async def write(connection: Connection, journal: Journal) -> None:
         raise BookOutdated()
     if rows.extensions:
         await connection.executemany(_EXTEND, rows.extensions)
+    if rows.audit:
+        await connection.executemany(_AUDIT, rows.audit)
+    if rows.charges:
+        await connection.executemany(_CHARGE, [(*key, amount) for key, amount in rows.charges.items()])
 
 
 class BookOutdated(Exception):

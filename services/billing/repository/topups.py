@@ -130,3 +130,15 @@ async def lease_unsettled(database: Database, unchecked_s: float, limit: int) ->
         limit,
     )
     return [TopUpRow(*row) for row in rows]
+
+
+async def freezes(database: Database, org_id: UUID) -> set[tuple[str, str]]:
+    """Who has frozen the wallet since it was last released, and why; a discrepancy of its books counts as one."""
+    rows = await database.fetch(
+        """SELECT actor, reason FROM billing.audit a WHERE wallet_id = $1 AND kind = 'freeze' AND frozen
+            AND NOT EXISTS (SELECT FROM billing.audit r
+                WHERE r.wallet_id = $1 AND r.kind = 'freeze' AND NOT r.frozen AND r.op_id > a.op_id)
+        UNION SELECT 'reconciler', check_name FROM billing.discrepancy WHERE wallet_id = $1""",
+        org_id,
+    )
+    return {(row[0], row[1]) for row in rows}

@@ -90,6 +90,23 @@ class FreezeAnswer(BaseModel):
     frozen: bool
 
 
+class AuditEntryAnswer(BaseModel):
+    """`frozen` is of a `freeze`, `credits` of the others."""
+
+    id: UUID
+    kind: str = Field(description="`charge`, `refund`, `take_back` or `freeze`.")
+    credits: str | None
+    frozen: bool | None
+    reason: str
+    actor: str
+    created_at: datetime
+
+
+class AuditAnswer(BaseModel):
+    data: list[AuditEntryAnswer]
+    next_cursor: UUID | None
+
+
 class PriceBody(Body):
     """Decimal credits: per request, and per million tokens of a class."""
 
@@ -137,6 +154,32 @@ async def transactions(
 ) -> TransactionsAnswer:
     """Its history, newest first."""
     return await transactions_page(history, org_id, filters, since, until, cursor, limit)
+
+
+@router.get("/wallets/{org_id}/audit", dependencies=[Operators])
+async def audit(
+    org_id: UUID,
+    history: HistoryService,
+    cursor: Annotated[UUID | None, Query(description="`next_cursor` of the page before.")] = None,
+    limit: PageSize = PAGE_DEFAULT,
+) -> AuditAnswer:
+    """Charges, refunds, reversals and freezes, with who and why, newest first."""
+    rows, following = await history.audit(org_id, before=cursor, limit=limit)
+    return AuditAnswer(
+        data=[
+            AuditEntryAnswer(
+                id=row.id,
+                kind=row.kind,
+                credits=None if row.amount is None else format_credits(row.amount),
+                frozen=row.frozen,
+                reason=row.reason,
+                actor=row.actor,
+                created_at=row.created_at,
+            )
+            for row in rows
+        ],
+        next_cursor=following,
+    )
 
 
 @router.post("/wallets/{org_id}/refunds", status_code=201)

@@ -29,7 +29,7 @@ Cursor = Annotated[str | None, Query(max_length=64, description="`next_cursor` o
 Since = Annotated[Timestamp | None, Query(alias="from")]
 Until = Annotated[Timestamp | None, Query(alias="to", description="Not included.")]
 # These take credits, or add to what is owed; all others give.
-TAKING = frozenset(("usage", "late", "charge", "receivable", "repayment", "expiry"))
+TAKING = frozenset(("usage", "late", "charge", "receivable", "repayment", "expiry", "reversal"))
 COLUMNS = (
     *("number", "id", "created_at", "kind", "amount", "balance_after", "hold_id", "model", "build"),
     *("input_tokens", "cached_input_tokens", "output_tokens", "reason", "expires_at"),
@@ -54,11 +54,12 @@ class TransactionAnswer(BaseModel):
     kind: TransferCode = Field(
         description="`grant` adds, `refund` gives back; `usage`, `late` (after the hold's expiry), `charge`, "
         "`repayment` of what was owed and `expiry` of a grant take from the balance; `receivable` is usage beyond the "
-        "credits: owed, the balance stays."
+        "credits: owed, the balance stays; `reversal` takes credits back whose payment went back, or adds to what is "
+        "owed."
     )
     amount: str = Field(description="Signed decimal credits.")
     balance_after: str
-    hold_id: UUID | None = Field(description="The request's hold, or the charge.")
+    hold_id: UUID | None = Field(description="The request's hold, the charge, or the top-up of a reversal.")
     model: str | None
     build: str | None
     usage: TokensAnswer | None

@@ -30,6 +30,7 @@ class WalletAnswer(BaseModel):
     granted: str = Field(description="Everything ever put in.")
     spent: str = Field(description="Everything that usage and charges ever cost, less refunds.")
     frozen: bool
+    frozen_reason: str | None = Field(description="Why, where somebody said so.")
     created_at: datetime
 
 
@@ -99,6 +100,7 @@ def wallet_answer(view: WalletView) -> WalletAnswer:
         granted=format_credits(view.granted),
         spent=format_credits(view.spent),
         frozen=view.is_frozen,
+        frozen_reason=view.frozen_reason,
         created_at=view.created_at,
     )
 

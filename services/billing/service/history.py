@@ -9,7 +9,7 @@ from uuid import UUID
 from services.billing.errors import TooManyExports
 from services.billing.repository import history as repository
 from services.billing.repository.database import Database
-from services.billing.repository.history import TransactionFilter, TransactionRow, UsageRecord, UsageSum
+from services.billing.repository.history import AuditEntry, TransactionFilter, TransactionRow, UsageRecord, UsageSum
 from services.billing.repository.wallets import seq_before
 from shared.clock import Clock
 from shared.errors import InvalidRequest
@@ -65,6 +65,11 @@ class History:
             raise TooManyExports(retry_after_s=5)
         after, last = await self._range(org_id, since, until)
         return self._pieces(org_id, wanted, after, last)
+
+    async def audit(self, org_id: UUID, *, before: UUID | None, limit: int) -> tuple[list[AuditEntry], UUID | None]:
+        """What was done by hand, newest first, and where the next page begins; None at the end."""
+        rows = await repository.audit(self._database, org_id, before=before, limit=limit + 1)
+        return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
     async def usage(
         self, org_id: UUID, *, before: tuple[UUID, int] | None, limit: int

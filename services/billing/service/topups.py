@@ -28,11 +28,12 @@ from services.billing.errors import (
 )
 from services.billing.ledger.operations import GRANT_PRIORITY, GrantCredits, OpenWallet
 from services.billing.ledger.writer import Ledger
-from services.billing.payments.port import Order, PaymentProvider, PaymentReport, PaymentState
+from services.billing.payments.port import MoneyMoved, Order, PaymentProvider, PaymentReport, PaymentState
 from services.billing.repository import topups as repository
 from services.billing.repository.database import Connection, Database
 from services.billing.repository.topups import TopUpRow
 from services.billing.service.author import Author, once
+from services.billing.service.reversals import Reversals
 from shared.clock import Clock
 from shared.errors import InvalidRequest, TollgateError
 from shared.ids import uuid7
@@ -89,6 +90,7 @@ class TopUps:
         self._terms = terms
         self._clock = clock
         self._metrics = metrics
+        self._reversals = Reversals(database, ledger, metrics)
         self._advancing: dict[UUID, asyncio.Task[None]] = {}
 
     async def start(
@@ -130,10 +132,16 @@ class TopUps:
         return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
     async def receive(self, provider: str, payload: bytes, signature: str) -> None:
-        """A webhook: when this returns, what it says is durable. Raises InvalidSignature, LedgerUnavailable."""
+        """A webhook: when this returns, what it says is durable.
+
+        Raises InvalidSignature; LedgerUnavailable and PaymentUnavailable, after which it comes again.
+        """
         if provider not in self._providers:
             raise PaymentsNotOffered()
         report = self._providers[provider].read_event(payload, signature)
+        if isinstance(report, MoneyMoved):
+            await self._reverse(self._providers[provider], report.payment_id)
+            return
         if report is None:
             return
         topup = await repository.find(self._database, report.topup_id)
@@ -151,6 +159,21 @@ class TopUps:
                 except TollgateError as e:
                     log.warning("topup_not_settled", topup_id=str(topup.id), code=e.code, detail=e.detail)
             await asyncio.sleep(interval_s)
+
+    async def _reverse(self, provider: PaymentProvider, payment_id: str) -> None:
+        """Have a top-up follow its payment's money; it may be the first that is heard of the payment."""
+        standing = await provider.standing(payment_id)
+        topup = await repository.find(self._database, standing.topup_id) if standing is not None else None
+        if standing is None or topup is None or topup.provider != provider.name:
+            return
+        if topup.status != "paid":
+            if topup.session_id is not None:
+                await self._apply(topup, await provider.look_up(_order(topup), topup.session_id))
+            topup = await self.get(topup.wallet_id, topup.id)
+        if topup.status == "paid":
+            await self._reversals.converge(topup, standing)
+        elif topup.status == "pending":
+            raise PaymentUnavailable(detail="money of a payment moved that is not paid yet")
 
     def _pending(
         self, author: Author, org_id: UUID, amount: int, money: int, provider: str, reference: str | None
@@ -196,7 +219,7 @@ class TopUps:
         if provider is None:
             raise PaymentUnavailable(detail=f"{topup.provider} is not configured any more")
         age = self._clock.now() - topup.created_at
-        order = Order(topup.id, topup.wallet_id, topup.amount, topup.currency, topup.money_minor)
+        order = _order(topup)
         if topup.session_id is None:
             if age > SESSION_OPENS_WITHIN:
                 await repository.mark_failed(self._database, topup.id, "no session could be opened")
@@ -240,3 +263,7 @@ class TopUps:
         await repository.mark_paid(self._database, topup.id)
         self._metrics.topups.labels(topup.provider, "paid").inc()
         log.info("topup_paid", topup_id=str(topup.id), wallet_id=str(topup.wallet_id), provider=topup.provider)
+
+
+def _order(topup: TopUpRow) -> Order:
+    return Order(topup.id, topup.wallet_id, topup.amount, topup.currency, topup.money_minor)

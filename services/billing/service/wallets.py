@@ -83,13 +83,15 @@ class Wallets:
         return granted
 
     async def charge(self, author: Author, org_id: UUID, amount: int, *, reason: str) -> Charged:
-        """Take an amount at once, whole or not at all."""
+        """Take an amount at once, whole or not at all, within the budgets of the author's key and of the author."""
         charged = await self._ledger.submit(
             Charge(
                 wallet_id=org_id,
                 charge_id=uuid7(),
                 amount=amount,
                 reason=reason,
+                user_id=author.user_id,
+                key_id=author.key_id,
                 idempotency_tenant=author.tenant,
                 idempotency_key=author.key,
                 author=author.actor,

@@ -131,7 +131,8 @@ transfer = Table(
     CheckConstraint("debit_account <> credit_account", name="two_accounts"),
     CheckConstraint("balance_after >= 0", name="balance_after"),
     CheckConstraint(
-        "code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry', 'charge', 'refund')", name="code"
+        "code IN ('grant', 'usage', 'late', 'receivable', 'repayment', 'expiry', 'charge', 'refund', 'reversal')",
+        name="code",
     ),
     Index(None, "booked_at", postgresql_using="brin"),
     Index(None, "hold_id", postgresql_where=text("hold_id IS NOT NULL")),
@@ -293,6 +294,39 @@ usage_day = Table(
     postgresql_with={"fillfactor": HOT_FILLFACTOR},
 )
 
+# What was done to a wallet by hand, or for a payment that went back, by whom and why.
+audit = Table(
+    "audit",
+    tables,
+    Column("wallet_id", Uuid, primary_key=True),
+    Column("op_id", Uuid, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("amount", BigInteger),
+    Column("frozen", Boolean),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    at("created_at"),
+    CheckConstraint("kind IN ('charge', 'refund', 'take_back', 'freeze')", name="kind"),
+    CheckConstraint("(kind = 'freeze') = (frozen IS NOT NULL AND amount IS NULL)", name="subject"),
+)
+
+# The sums of charges, as `usage_day` has those of requests: both count for budgets.
+charge_day = Table(
+    "charge_day",
+    tables,
+    Column("wallet_id", Uuid, nullable=False),
+    Column("day", Date, nullable=False),
+    Column("key_id", Uuid),
+    Column("user_id", Uuid),
+    Column("amount", BigInteger, nullable=False),
+    UniqueConstraint(
+        *("wallet_id", "day", "key_id", "user_id"),
+        name="uq_charge_day_wallet_id_day_key_id_user_id",
+        postgresql_nulls_not_distinct=True,
+    ),
+    CheckConstraint("amount > 0", name="amount"),
+)
+
 # Who leads which wallets. An epoch is raised by each new leader, and looked at by each transaction.
 shard = Table(
     "shard",
@@ -315,7 +349,7 @@ price_generation = Table(
 
 # What is written once. `migrate` gives no right to change these; triggers refuse even their owner.
 APPEND_ONLY = (
-    *("credit_grant", "op", "transfer", "tariff"),
+    *("credit_grant", "op", "transfer", "tariff", "audit"),
     *("hold", "hold_slice", "hold_extension", "hold_resolution", "usage"),
 )
 
@@ -326,6 +360,7 @@ SERVICE_GRANTS = {
     "open_hold": "SELECT, INSERT, DELETE, UPDATE (expires_at, input_tokens, cached_input_tokens, output_tokens)",
     "expiring_grant": "SELECT, INSERT, DELETE",
     "usage_day": "SELECT, INSERT, UPDATE (requests, input_tokens, cached_input_tokens, output_tokens, cost)",
+    "charge_day": "SELECT, INSERT, UPDATE (amount)",
     "shard": "SELECT, INSERT, UPDATE, DELETE",
     "price_generation": "SELECT",
     "price": "SELECT, INSERT, UPDATE (validity)",

@@ -5,7 +5,6 @@ The status line waits for the engine's first chunk, so that whatever fails befor
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.chat.domain.choice import Choice
-from services.chat.routes.connection import while_connected
+from services.chat.routes.connection import SendLimit, while_connected
 from services.chat.routes.frames import Shape
 from services.chat.service.events import Delta, Event, Finished, Settled, Started
 from shared.errors import TollgateError
@@ -48,7 +47,8 @@ class Answering(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._stream(send) if self._is_stream else self._whole(send))
+            async with SendLimit(send, self._send_timeout_s) as sending:
+                await while_connected(receive, self._stream(sending) if self._is_stream else self._whole(sending))
         except TimeoutError:
             log.info("client_stalled")  # the server closes what was begun and not finished
 
@@ -109,6 +109,4 @@ class Answering(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        """Raises TimeoutError for a client that does not read."""
-        async with asyncio.timeout(self._send_timeout_s):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,8 +1,9 @@
 """`make bench-edge`: what the gateway costs a request and a streamed chunk, beside others, in one run.
 
 One core has the contender, the others have everything else. Processor time a request, from /proc/PID/stat, is the
-figure that holds on a busy machine; requests a second depend on the load's share as well. Latency is what a contender
-adds to the service itself, at 50 requests a second.
+figure that holds on a busy machine; requests a second depend on the load's share as well. Two gateways share that core:
+what a second one adds is the CPU a request that it costs more, since load and Redis have only the rest. Latency is what
+a contender adds to the service itself, at 50 requests a second. Bodies are of different lengths.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from bench import report
 from bench.edge import contenders, others
-from bench.edge.contenders import Contender
+from bench.edge.contenders import Contender, cpu_s
 from bench.edge.stores import running as stores_running
 from bench.stack import ROOT
 
@@ -28,20 +29,22 @@ CONNECTIONS = 32
 STREAMS = 32
 GAP_MS = 10
 PACED_RATE = 50
+PAIR = "tollgate x 2"
 ROUNDS = 2
 
 
 def load(contender: Contender, **job: Any) -> dict[str, Any]:
     """Run the load against a contender; its report, with `cpu_s` of the contender meanwhile."""
-    whole = {"url": contender.url, "headers": dict(contender.headers), "connections": CONNECTIONS, **job}
-    before_s = contender.cpu_s()
+    whole = {"urls": list(contender.urls), "headers": dict(contender.headers), "connections": CONNECTIONS, **job}
+    before_s, store_before_s = contender.cpu_s(), cpu_s(contender.store_pids)
     ran = subprocess.run(
         [sys.executable, "-m", "bench.edge.load", json.dumps(whole)], cwd=ROOT, check=True, stdout=subprocess.PIPE
     )
     result: dict[str, Any] = json.loads(ran.stdout)
     if result["others"]:
         raise RuntimeError(f"{contender.name} answered {result['others']}")
-    return result | {"cpu_s": contender.cpu_s() - before_s}
+    store_s = cpu_s(contender.store_pids) - store_before_s
+    return result | {"cpu_s": contender.cpu_s() - before_s, "store_cpu_s": store_s}
 
 
 def measure(contender: Contender, seconds: float) -> dict[str, Any] | None:
@@ -59,6 +62,7 @@ def measure(contender: Contender, seconds: float) -> dict[str, Any] | None:
         "path": contender.name,
         "requests_per_s": full["answers"] / full["seconds"],
         "cpu_us_request": 1e6 * full["cpu_s"] / full["answers"],
+        "redis_cpu_us_request": 1e6 * full["store_cpu_s"] / full["answers"],
         "chunks_per_s": stream["events"] / stream["seconds"],
         "cpu_us_chunk": 1e6 * stream["cpu_s"] / stream["events"],
         "p50_ms": report.percentile(paced["latencies_ms"], 0.5),
@@ -99,6 +103,12 @@ def aims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     below("CPU a request", "cpu_us_request", "bare relay", 0.5)
     below("CPU a chunk", "cpu_us_chunk", "nginx", 1.3)
     below("CPU a request", "cpu_us_request", "sglang-router", 1.0)
+    if "sglang-router" in by_path:
+        ratio = ours["requests_per_s"] / by_path["sglang-router"]["requests_per_s"]
+        found.append(report.aim("requests/s / sglang-router", ratio, "> 1", met=ratio > 1))
+    if PAIR in by_path:
+        ratio = 2 * ours["cpu_us_request"] / by_path[PAIR]["cpu_us_request"]
+        found.append(report.aim("two gateways / one, by CPU a request", ratio, ">= 1.8", met=ratio >= 1.8))
     below("CPU a request", "cpu_us_request", "litellm, no database", 1 / 200)
     for key, bound in (("added_p50_ms", 0.5), ("added_p99_ms", 2.0), ("rss_growth_mb", 8.0)):
         found.append(report.aim(key, ours[key], f"<= {bound}", met=ours[key] <= bound))
@@ -121,6 +131,7 @@ def main() -> None:
         makers: dict[str, Callable[[], AbstractContextManager[Contender]]] = {
             "direct": partial(contenders.direct, service),
             "tollgate": partial(contenders.gateway, own, service, stores),
+            PAIR: partial(contenders.gateways, own, service, stores, 2),
             "bare relay": partial(contenders.bare, own, service),
         }
         binary = stack.enter_context(others.nginx_binary())

@@ -12,8 +12,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.edge.stores import Stores
@@ -63,24 +63,29 @@ http {{
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One that runs. `pids` are all of its processes."""
+    """One that runs. `pids` are all of its processes, `store_pids` those of what it asks; `urls` share the load."""
 
     name: str
-    url: str
+    urls: Sequence[str]
     pids: Sequence[int]
     headers: Mapping[str, str] = field(default_factory=dict)
+    store_pids: Sequence[int] = ()
 
     def cpu_s(self) -> float:
-        """Processor time so far, user and system, from /proc/PID/stat."""
-        ticks = 0
-        for pid in self.pids:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-        return ticks / TICKS
+        return cpu_s(self.pids)
 
     def rss_mb(self) -> float:
         pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids)
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def cpu_s(pids: Sequence[int]) -> float:
+    """Processor time of processes so far, user and system, from /proc/PID/stat."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / TICKS
 
 
 def cores() -> tuple[set[int], set[int]]:
@@ -147,6 +152,15 @@ def service(core: set[int]) -> Iterator[str]:
 
 
 @contextmanager
+def gateways(core: set[int], service_address: str, stores: Stores, count: int) -> Iterator[Contender]:
+    """So many of ours on the one core, before one Redis."""
+    with ExitStack() as stack:
+        ours = [stack.enter_context(gateway(core, service_address, stores)) for _ in range(count)]
+        urls, pids = [each.urls[0] for each in ours], [each.pids[0] for each in ours]
+        yield replace(ours[0], name=f"tollgate x {count}", urls=urls, pids=pids)
+
+
+@contextmanager
 def gateway(core: set[int], service_address: str, stores: Stores) -> Iterator[Contender]:
     """Ours: key, three windows and concurrency on."""
     port, internal = pick_port(), pick_port()
@@ -159,7 +173,8 @@ def gateway(core: set[int], service_address: str, stores: Stores) -> Iterator[Co
     with started([sys.executable, "-m", "services.gateway"], core, environment=environment) as process:
         wait_for(f"http://127.0.0.1:{port}/healthz", process)
         headers = {"authorization": f"Bearer {stores.key}"}
-        yield Contender("tollgate", f"http://127.0.0.1:{port}{CHAT}", [process.pid], headers)
+        url = f"http://127.0.0.1:{port}{CHAT}"
+        yield Contender("tollgate", [url], [process.pid], headers, store_pids=[stores.redis_pid])
 
 
 @contextmanager
@@ -181,7 +196,7 @@ def nginx(core: set[int], service_address: str, binary: str, *, auth: bool) -> I
         with started([binary, "-p", directory, "-c", str(configuration)], core) as process:
             wait_for(f"http://127.0.0.1:{port}/healthz", process)
             name = "nginx auth_request" if auth else "nginx"
-            yield Contender(name, f"http://127.0.0.1:{port}{CHAT}", children(process.pid))
+            yield Contender(name, [f"http://127.0.0.1:{port}{CHAT}"], children(process.pid))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -193,10 +208,10 @@ def bare(core: set[int], service_address: str) -> Iterator[Contender]:
     command = [sys.executable, "-m", "bench.edge.bare", address, f"http://{service_address}"]
     with started(command, core) as process:
         wait_for(f"http://{address}/healthz", process)
-        yield Contender("bare relay", f"http://{address}{CHAT}", [process.pid])
+        yield Contender("bare relay", [f"http://{address}{CHAT}"], [process.pid])
 
 
 @contextmanager
 def direct(service_address: str) -> Iterator[Contender]:
     """Nothing between: what the load and the service cost themselves."""
-    yield Contender("direct", f"http://{service_address}{CHAT}", [])
+    yield Contender("direct", [f"http://{service_address}{CHAT}"], [])

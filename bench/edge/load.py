@@ -1,6 +1,6 @@
 """The load: keeps connections busy with one request, and says what came back.
 
-    python -m bench.edge.load '{"url": …, "headers": {…}, "mode": "saturate", "connections": 32, "seconds": 5}'
+    python -m bench.edge.load '{"urls": […], "headers": {…}, "mode": "saturate", "connections": 32, "seconds": 5}'
 
 Modes: `saturate`, every connection asks again as soon as it has its answer; `paced`, `rate` requests a second, one
 connection each in turn; `stream`, every connection takes streams of `chunks` events, `gap_ms` apart. Prints JSON:
@@ -14,15 +14,18 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import uvloop
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-MESSAGE = [{"role": "user", "content": "Say something short about toll gates, please."}]
+QUESTION = "Say something short about toll gates, please."
+LENGTHS = 8
 
 
 @dataclass
@@ -38,8 +41,8 @@ class Tally:
 class Asker(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self, request: bytes, tally: Tally, *, is_endless: bool) -> None:
-        self._request = request
+    def __init__(self, requests: Sequence[bytes], tally: Tally, *, is_endless: bool) -> None:
+        self._requests = cycle(requests)
         self._tally = tally
         self._is_endless = is_endless
         self._buffer = b""
@@ -53,7 +56,7 @@ class Asker(asyncio.Protocol):
         """Send the request."""
         self.is_idle = False
         self._asked_s = time.perf_counter()
-        self.transport.write(self._request)
+        self.transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
         self._tally.events += data.count(b"data: {")
@@ -82,12 +85,19 @@ class Asker(asyncio.Protocol):
             self.ask()
 
 
-def request(job: Mapping[str, Any]) -> bytes:
-    """The request's bytes: a small chat completion."""
-    parts = urlsplit(job["url"])
-    body: dict[str, Any] = {"model": "bench", "messages": MESSAGE, "max_tokens": 16}
+def requests(job: Mapping[str, Any], url: str) -> list[bytes]:
+    """Requests of different lengths: small chat completions."""
     if job["mode"] == "stream":
-        body |= {"stream": True, "messages": [{"role": "user", "content": f"{job['chunks']},{job['gap_ms']}"}]}
+        return [request(job, url, f"{job['chunks']},{job['gap_ms']}")]
+    return [request(job, url, " ".join([QUESTION] * times)) for times in range(1, LENGTHS + 1)]
+
+
+def request(job: Mapping[str, Any], url: str, content: str) -> bytes:
+    """The bytes of one."""
+    parts = urlsplit(url)
+    body: dict[str, Any] = {"model": "bench", "messages": [{"role": "user", "content": content}], "max_tokens": 16}
+    if job["mode"] == "stream":
+        body["stream"] = True
     data = json.dumps(body).encode()
     headers = {
         "host": parts.netloc,
@@ -103,13 +113,13 @@ def request(job: Mapping[str, Any]) -> bytes:
 
 async def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Do a job."""
-    parts = urlsplit(job["url"])
     tally, loop = Tally(), asyncio.get_running_loop()
     is_paced = job["mode"] == "paced"
     askers = []
-    for _ in range(job["connections"]):
+    for url in islice(cycle(job["urls"]), job["connections"]):
+        parts = urlsplit(url)
         _, asker = await loop.create_connection(
-            lambda: Asker(request(job), tally, is_endless=not is_paced), parts.hostname, parts.port
+            partial(Asker, requests(job, url), tally, is_endless=not is_paced), parts.hostname, parts.port
         )
         askers.append(asker)
     began_s = time.perf_counter()

@@ -57,7 +57,7 @@ def sglang_router(core: set[int], service_address: str) -> Iterator[Contender]:
     command += ["--prometheus-port", str(pick_port()), "--log-level", "error"]
     with started(command, core) as process:
         wait_for(f"http://127.0.0.1:{port}/health", process)
-        yield Contender("sglang-router", f"http://127.0.0.1:{port}{CHAT}", children(process.pid))
+        yield Contender("sglang-router", [f"http://127.0.0.1:{port}{CHAT}"], children(process.pid))
 
 
 @contextmanager
@@ -83,7 +83,8 @@ def litellm(core: set[int], service_address: str) -> Iterator[Contender]:
         with started(command, core, environment=environment) as process:
             wait_for(f"http://127.0.0.1:{port}/health/liveliness", process)
             headers = {"authorization": f"Bearer {master}"}
-            yield Contender("litellm, no database", f"http://127.0.0.1:{port}{CHAT}", children(process.pid), headers)
+            url = f"http://127.0.0.1:{port}{CHAT}"
+            yield Contender("litellm, no database", [url], children(process.pid), headers)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+from redis import Redis
 
 from bench.stack import ROOT
 from deploy.local.stack import Stack
@@ -34,6 +35,7 @@ class Stores:
     redis_url: str
     environment: Mapping[str, str]
     key: str
+    redis_pid: int
 
 
 @contextmanager
@@ -51,7 +53,9 @@ def running() -> Iterator[Stores]:
             )
         )
         asyncio.run(_lift_limits(environment["TOLLGATE_DATABASE_URL"], made["key_id"]))
-        yield Stores(stores.postgres.url(), stores.valkey.url, environment, made["key"])
+        with Redis.from_url(stores.valkey.url) as redis:
+            redis_pid = int(redis.info("server")["process_id"])
+        yield Stores(stores.postgres.url(), stores.valkey.url, environment, made["key"], redis_pid)
     finally:
         stores.down()
         shutil.rmtree(state, ignore_errors=True)

@@ -39,6 +39,7 @@ async def shop(owner_url: str, ledger: Ledger, stripe: StripeDouble) -> AsyncIte
         stripe_webhook_secret=SecretStr(WEBHOOK_SECRET),
         stripe_api_url=stripe.url,
         stripe_timeout_s=60,
+        billing_operation_timeout_s=60,
         topup_credits_min="1",
     ) as app:
         yield app

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from bench.ledger.load import Pair
 from bench.ledger.server import MODEL, TERMS, identity_ring
 from services.billing.clients import GrpcPeers
+from services.billing.collector import collect_seldom
 from services.billing.domain import DEFAULT_CLASS, Price, Usage
 from services.billing.ledger import kernel
 from services.billing.ledger.batch import Ids
@@ -34,6 +35,7 @@ TTL_MS = 60_000
 GRANT_NANO = 10**15
 PATIENCE_S = 60.0
 KERNEL_ROUND = 100
+WALLETS_IN_MEMORY = 100_000  # the service's TOLLGATE_BILLING_WALLETS_IN_MEMORY_MAX
 
 
 def kernel_pairs_per_s(seconds: float) -> float:
@@ -84,8 +86,14 @@ def settlement(hold: PlaceHold) -> Settle:
 
 @asynccontextmanager
 async def writer(url: str, in_flight_max: int) -> AsyncIterator[Pair]:
-    """The writer in this process."""
-    limits = WriterLimits(operation_timeout_s=PATIENCE_S, operations_in_flight_max=in_flight_max)
+    """The writer in this process, which collects garbage as the service does."""
+    collect_seldom()
+    shards = ShardLimits()
+    limits = WriterLimits(
+        operation_timeout_s=PATIENCE_S,
+        operations_in_flight_max=in_flight_max,
+        wallets_in_memory_max=WALLETS_IN_MEMORY // shards.shards + 1,
+    )
     peers = GrpcPeers(identity_ring(), timeout_s=PATIENCE_S)
     async with Database(url, DatabaseLimits(acquire_timeout_s=PATIENCE_S)) as database:
         ledger = Shards(
@@ -95,7 +103,7 @@ async def writer(url: str, in_flight_max: int) -> AsyncIterator[Pair]:
             address="bench",
             signup_credits=0,
             metrics=BillingMetrics(CollectorRegistry()),
-            limits=ShardLimits(),
+            limits=shards,
             writer_limits=limits,
         )
         leading = asyncio.create_task(ledger.run())

@@ -12,6 +12,7 @@ from uuid import UUID
 import typer
 
 from services.billing.app import build
+from services.billing.collector import collect_seldom
 from services.billing.price_file import PriceFileError, read_prices
 from services.billing.repository import audit
 from services.billing.repository.database import Database, DatabaseLimits
@@ -34,6 +35,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 def serve(context: typer.Context) -> None:
     """Serve until SIGTERM, unless a command is given."""
     if context.invoked_subcommand is None:
+        collect_seldom()
         runtime.main("billing", BillingSettings, build)
 
 

@@ -23,7 +23,8 @@ class BillingSettings(StorefrontSettings):
     billing_database_connections_max: int = Field(default=16, ge=2)
     billing_database_acquire_timeout_s: float = Field(default=5, gt=0)
     billing_operation_timeout_s: float = Field(default=15, gt=0)
-    billing_shards: int = Field(default=4, ge=1, le=256)  # the same for all processes on a database
+    # The same for all processes on a database, and at least as many as they are; each more makes batches smaller.
+    billing_shards: int = Field(default=2, ge=1, le=256)
     billing_grpc_advertise: str = ""  # where the other processes reach this one's gRPC, when not where it listens
     billing_operations_in_flight_max: int = Field(default=10_000, ge=1)  # of each shard
     billing_wallets_in_memory_max: int = Field(default=100_000, ge=1)  # of all shards; about 3 kB each

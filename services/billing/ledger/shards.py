@@ -41,7 +41,7 @@ class Peers(Protocol):
 class ShardLimits:
     """How shards are shared, and every wait for that."""
 
-    shards: int = 4
+    shards: int = 2
     balance_interval_s: float = 0.25
     lock_interval_s: float = 0.1
     retry_s: float = 0.02

@@ -13,7 +13,7 @@ from services.billing.ledger.batch import Ids
 from services.billing.ledger.book import Account, Book, Draw, Journal, Period, Spending, Subject
 from services.billing.ledger.operations import Operation, Refund
 from services.billing.ledger.results import Result
-from services.billing.ledger.rows import Rows, Transfer
+from services.billing.ledger.rows import ChargeDay, Rollup, Rows, Transfer
 from shared.errors import TollgateError
 from shared.ids import uuid7
 
@@ -86,11 +86,13 @@ class MemoryLedger:
         today = now.date()
         spending = Spending(limits, today)
         for rows in self.written:
-            for rollup, sums in rows.rollups.items():
-                same_month = (rollup.day.year, rollup.day.month) == (today.year, today.month)
-                if who in (rollup.key_id, rollup.user_id) and same_month and rollup.day <= today:
-                    spending.month += sums[-1]
-                    spending.day += sums[-1] if rollup.day == today else 0
+            spent: list[tuple[Rollup | ChargeDay, int]] = [(key, sums[-1]) for key, sums in rows.rollups.items()]
+            spent += rows.charges.items()
+            for key, cost in spent:
+                same_month = (key.day.year, key.day.month) == (today.year, today.month)
+                if who in (key.key_id, key.user_id) and same_month and key.day <= today:
+                    spending.month += cost
+                    spending.day += cost if key.day == today else 0
         spending.held = sum(
             hold.amount
             for hold in self.book.holds.values()

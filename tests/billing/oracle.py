@@ -189,7 +189,11 @@ class Oracle:
             raise Refused("insufficient_quota")
         if op.amount > self.available(now):
             raise Refused("credits_reserved")
+        who = (op.key_id, op.user_id)
+        if op.amount > self._room(who, now):
+            raise Refused("budget_exceeded")
         self._take(op.charge_id, [], op.amount, now)
+        self._record(who, op.amount, now)
         return (op.amount, self.available(now))
 
     def _refund(self, op: Refund, now: datetime) -> tuple[int, ...]:

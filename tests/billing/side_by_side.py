@@ -185,7 +185,8 @@ def random_operation(rng: random.Random, state: Pair) -> Operation:
         case "expire":
             return ExpireHold(WALLET, some)
         case "charge":
-            charge = Charge(*authored(), uuid7(), rng.randint(1, 500), "test")
+            who = rng.choice((None, *MEMBERS)), rng.choice((None, *KEYS))
+            charge = Charge(*authored(), uuid7(), rng.randint(1, 500), "test", *who)
             state.charges = [*state.charges[-RECENT:], charge.charge_id]
             return charge
         case "refund":

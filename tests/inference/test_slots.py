@@ -10,6 +10,22 @@ def conversation(*texts: str) -> tuple[int, ...]:
     return fingerprint({"messages": [{"role": "user", "content": text} for text in texts]})
 
 
+def test_those_at_work_are_neighbours() -> None:
+    """The engine computes them in one pass; also where others that are free hold nothing, or longer."""
+    table = SlotTable(8)
+    first = [table.claim("a", conversation(str(n))) for n in range(4)]
+    assert_side_by_side([lease.slot for lease in first])
+    for lease in first[1:]:
+        table.give_back(lease)
+    again = [table.claim("b", conversation(str(n))) for n in range(3)]
+    assert_side_by_side([first[0].slot, *(lease.slot for lease in again)])
+    assert not any(lease.may_reuse for lease in again)
+
+
+def assert_side_by_side(slots: list[int]) -> None:
+    assert sorted(slots) == list(range(min(slots), min(slots) + len(slots)))
+
+
 def test_a_conversation_comes_back_to_its_slot() -> None:
     table = SlotTable(3)
     earlier = {text: table.claim("a", conversation(text)) for text in ("one", "two")}

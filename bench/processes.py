@@ -56,12 +56,21 @@ def machine_s() -> float:
 
 def _by_program(stack_id: str) -> dict[str, float]:
     found: dict[str, float] = {}
-    for pid in processes.of_stack(stack_id):
+    for pid in _family(processes.of_stack(stack_id)):
         try:
             name = _program(psutil.Process(pid))
         except psutil.Error:
             continue
         found[name] = found.get(name, 0.0) + _seconds(pid)
+    return found
+
+
+def _family(pids: set[int]) -> set[int]:
+    """With their descendants: PostgreSQL writes its titles over the mark by which a stack's processes are known."""
+    parents = {process.pid: process.info["ppid"] for process in psutil.process_iter(["ppid"])}
+    found, more = set(pids), set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in more} - found:
+        found |= more
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from grpc import aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-CALL_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 120.0
 
 
 class ModelError(Exception):

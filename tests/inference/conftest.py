@@ -33,10 +33,10 @@ from tests.inference.running import CATALOGUE, RunningService, running_service
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "triton_models"
-START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 30
+START_TIMEOUT_S = 180
+STOP_TIMEOUT_S = 60
 PR_SET_PDEATHSIG = 1
-GUARD = {"TOLLGATE_TRITON_SILENCE_S": "15", "TOLLGATE_TRITON_SUPERSEDED_S": "3"}
+GUARD = {"TOLLGATE_TRITON_SILENCE_S": "15", "TOLLGATE_TRITON_SUPERSEDED_S": "10"}
 
 BUILDS: dict[str, tuple[str, dict[str, int | str]]] = {
     "plain": ("chat-mini-q8_0", {"slots": 4}),
@@ -174,7 +174,7 @@ class RunningTriton:
 
     def metrics(self, build: str) -> dict[str, float]:
         """tollgate_engine_* of a build, without the prefix and without histograms' buckets; errors by `errors:code`."""
-        with urllib.request.urlopen(self.server.metrics_url, timeout=5) as response:
+        with urllib.request.urlopen(self.server.metrics_url, timeout=30) as response:
             text = response.read().decode()
         found: dict[str, float] = {}
         for line in text.splitlines():

@@ -11,7 +11,7 @@ from deploy.local import processes
 from tests.inference.client import BackendClient, ModelError, Stream, chat, count
 from tests.inference.conftest import RunningTriton
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 LONG_TOKENS = 900  # about half a second of the one slot of `narrow`
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.inference.backend.queue import FairQueue, QueueClosed, QueueFull
 
-JOIN_TIMEOUT_S = 10
+JOIN_TIMEOUT_S = 60
 
 
 class Now:

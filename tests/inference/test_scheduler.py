@@ -15,7 +15,7 @@ from services.inference.backend.errors import BackendError
 from services.inference.backend.job import Job
 from services.inference.backend.scheduler import End, Event, Piece, Reply, Scheduler
 
-TIMEOUT_S = 10
+TIMEOUT_S = 60
 BODY = b'{"messages":[{"role":"user","content":"hi"}]}'
 
 

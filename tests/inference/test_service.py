@@ -197,7 +197,7 @@ async def test_the_catalogue_answers_to_services_only(service: RunningService) -
     async with aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
         stub = inference_pb2_grpc.CatalogueStub(channel)
         with pytest.raises(aio.AioRpcError) as caught:
-            await stub.List(inference_pb2.ListRequest(), timeout=5)
+            await stub.List(inference_pb2.ListRequest(), timeout=60)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 

@@ -12,9 +12,11 @@ from deploy.local.health import log_tail, wait_healthy, why_unhealthy
 from deploy.local.seed import Keys
 from deploy.local.stack import Stack
 
-RESTART_TIMEOUT_S = 30.0
+RESTART_TIMEOUT_S = 120.0
 POLL_S = 0.05
-UNREACHABLE = {502, 503, 504}
+REACH_POLL_S = 0.5  # these requests count against the administrator's limits
+NOT_YET = {429, 502, 503, 504}
+AT_REST = {"ready", "unloaded"}
 A_PATH_OF = {
     "auth": "/.well-known/jwks.json",
     "billing": "/api/v1/billing/wallet",
@@ -71,9 +73,9 @@ class RunningStack:
         self.stack.supervisor.stop(program)
 
     def start(self, program: str) -> None:
-        """Start a stopped program and wait until it is healthy."""
+        """Start a stopped program and wait until everything is healthy."""
         self.stack.supervisor.start(program)
-        wait_healthy(self.stack.supervisor, self.stack.layout, self.stack.programs()[program])
+        self.wait_healthy()
 
     def wait_restarted(self, program: str, old_pid: int) -> None:
         """Wait until the supervisor has replaced a killed process and the new one is healthy."""
@@ -85,17 +87,26 @@ class RunningStack:
             time.sleep(POLL_S)
 
     def wait_healthy(self) -> None:
-        """Wait until every program is healthy again, and the gateway reaches each of its services."""
+        """Wait until every program is healthy again, the gateway reaches its services, and every build is served."""
         for program in self.stack.programs().values():
             wait_healthy(self.stack.supervisor, self.stack.layout, program)
         deadline = time.monotonic() + RESTART_TIMEOUT_S
         with httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.admin_token}"}) as http:
             for service, path in A_PATH_OF.items():
-                while (status := http.get(path).status_code) in UNREACHABLE:
+                while not _is_served(answer := http.get(path)):
                     if time.monotonic() > deadline:
-                        raise NotReady(f"the gateway answers {status} for {service}: {self.log('gateway')}")
-                    time.sleep(POLL_S)
+                        raise NotReady(f"{service} is not served: {answer.text[:2_000]} {self.log('gateway')}")
+                    time.sleep(REACH_POLL_S)
 
     def log(self, program: str, lines: int = 50) -> str:
         """The end of a program's log."""
         return "\n".join(log_tail(self.stack.layout, program, lines))
+
+
+def _is_served(answer: httpx.Response) -> bool:
+    """Not refused for now, and of models, that no build is on its way."""
+    if answer.status_code in NOT_YET:
+        return False
+    if answer.request.url.path != A_PATH_OF["chat"]:
+        return True
+    return all(build["state"] in AT_REST for model in answer.json()["data"] for build in model["builds"])

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.deploy.unleash.console import Console
-from tests.journeys.people import TIMEOUT_S, NewUser, Prices, User, nano, register
+from tests.journeys.people import TIMEOUT_S, NewUser, Prices, User, client, nano, patiently, register
 from tests.running_stack import RunningStack
 
 PATIENCE_S = 60.0
@@ -67,12 +67,11 @@ async def async_openai_client(user: User) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prices(stack: RunningStack) -> Prices:
-    """The list price of chat-mini, as billing publishes it to the demo user's key."""
-    answer = httpx.get(
-        f"{stack.url}/api/v1/billing/prices", headers={"Authorization": f"Bearer {stack.api_key}"}, timeout=TIMEOUT_S
-    )
+    """The list price of chat-mini, as billing publishes it to the demo user's key; asked once: that key has limits."""
+    with client(stack.url, stack.api_key) as demo:
+        answer = patiently(lambda: demo.get("/api/v1/billing/prices"))
     [price] = [p for p in answer.json()["data"] if p["model"] == "chat-mini"]
     return Prices(*(nano(price[name]) for name in ("per_request", "input", "cached_input", "output")))
 

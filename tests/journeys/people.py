@@ -16,7 +16,7 @@ import openai
 
 TIMEOUT_S = 30.0
 PAGE_MAX = 100
-RETRIES_MAX = 5
+RETRIES_MAX = 10
 QUESTION = ({"role": "user", "content": "What is Tollgate?"},)
 LONG_QUESTION = ({"role": "user", "content": "Recite the whole manual."},)
 """chat-mini answers with about 700 tokens."""
@@ -49,18 +49,13 @@ class User:
     def new_key(self, **fields: Any) -> dict[str, Any]:
         """Create another key; the whole answer, with the secret."""
         body = {"name": f"key-{secrets.token_hex(3)}", **fields}
-        answer = self.session.post("/api/v1/keys", json=body)
-        for _ in range(RETRIES_MAX):  # as every SDK does, when a service has just been restarted
-            if answer.status_code != 503:
-                break
-            time.sleep(float(answer.headers["retry-after"]))
-            answer = self.session.post("/api/v1/keys", json=body)
+        answer = patiently(lambda: self.session.post("/api/v1/keys", json=body))
         assert answer.status_code == 201, answer.text
         made: dict[str, Any] = answer.json()
         return made
 
     def wallet(self) -> Wallet:
-        answer = self.api.get("/api/v1/billing/wallet")
+        answer = patiently(lambda: self.api.get("/api/v1/billing/wallet"))
         assert answer.status_code == 200, answer.text
         return Wallet.read(answer.json())
 
@@ -69,7 +64,7 @@ class User:
         found: list[dict[str, Any]] = []
         parameters: dict[str, Any] = {"limit": PAGE_MAX}
         while True:
-            answer = self.api.get(path, params=parameters)
+            answer = patiently(lambda: self.api.get(path, params=parameters))
             assert answer.status_code == 200, answer.text
             found += answer.json()["data"]
             if answer.json()["next_cursor"] is None:
@@ -96,6 +91,16 @@ class Wallet:
     @staticmethod
     def read(answer: Mapping[str, str]) -> Wallet:
         return Wallet(*(Decimal(answer[name]) for name in ("balance", "held", "available")))
+
+
+def patiently(send: Callable[[], httpx.Response]) -> httpx.Response:
+    """Send again what is refused for now, as every SDK does."""
+    for _ in range(RETRIES_MAX):
+        answer = send()
+        if answer.status_code not in (502, 503, 504):
+            break
+        time.sleep(float(answer.headers.get("retry-after", 1)))
+    return answer
 
 
 def asking(**body: Any) -> dict[str, Any]:

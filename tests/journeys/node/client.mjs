@@ -34,6 +34,48 @@ const called = (await forced.finalChatCompletion()).choices[0];
 assert.equal(called.finish_reason, "tool_calls");
 assert.ok(["celsius", "kelvin"].includes(JSON.parse(called.message.tool_calls[0].function.arguments).unit));
 
+const sampled = await client.chat.completions.create({
+  model, messages: [{ role: "developer", content: "Be brief." }, ...messages], max_completion_tokens: 8, temperature: 1, top_p: 0.9,
+  seed: 3, stop: ["zzz"], presence_penalty: 1, frequency_penalty: 1, logit_bias: { 5: -100 }, service_tier: "flex", user: "somebody",
+});
+assert.equal(sampled.service_tier, "flex");
+
+const json_schema = { name: "unit", schema: parameters, strict: true };
+const formatted = await client.chat.completions.create({
+  model, messages, max_tokens: 200, response_format: { type: "json_schema", json_schema },
+});
+assert.ok(["celsius", "kelvin"].includes(JSON.parse(formatted.choices[0].message.content).unit));
+
+const kept = await client.chat.completions.create({ model, messages, max_tokens: 4, store: true, metadata: { topic: "node" } });
+assert.equal((await client.chat.completions.retrieve(kept.id)).id, kept.id);
+assert.ok((await client.chat.completions.list({ metadata: { topic: "node" } })).data.some((one) => one.id === kept.id));
+assert.ok((await client.chat.completions.delete(kept.id)).deleted);
+
+const idempotent = { headers: { "Idempotency-Key": `node-${kept.id}` } };
+const once = await client.chat.completions.create({ model, messages, max_tokens: 4 }, idempotent);
+assert.deepEqual(await client.chat.completions.create({ model, messages, max_tokens: 4 }, idempotent), once);
+
+const bare = await client.completions.create({ model, prompt: "Tollgate is", max_tokens: 4, echo: true });
+assert.ok(bare.choices[0].text.startsWith("Tollgate is"));
+
+const input = ["keys", "limits"];
+const packed = await client.embeddings.create({ model: "embed-mini", input, dimensions: 8 });
+const plain = await client.embeddings.create({ model: "embed-mini", input, dimensions: 8, encoding_format: "float" });
+assert.deepEqual(packed.data.map((one) => one.embedding.length), [8, 8]);
+assert.ok(Math.abs(packed.data[1].embedding[0] - plain.data[1].embedding[0]) < 1e-6);
+
+const listed = [];
+for await (const one of client.models.list()) listed.push(one.id);
+assert.ok(listed.includes(model));
+assert.equal((await client.models.retrieve(model)).state, "ready");
+
+const types = [];
+const typed = await client.responses.create({ model, input: "What is Tollgate?", max_output_tokens: 8, stream: true });
+for await (const event of typed) types.push(event.type);
+assert.equal(types[0], "response.created");
+assert.ok(types.includes("response.output_text.delta"));
+assert.ok(["response.completed", "response.incomplete"].includes(types.at(-1)));
+
 const first = await client.responses.create({ model, input: "What is Tollgate?", max_output_tokens: 8 });
 const second = await client.responses.create({ model, input: "And?", max_output_tokens: 8, previous_response_id: first.id });
 assert.ok(second.output_text.length > 0);

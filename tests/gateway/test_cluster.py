@@ -27,7 +27,8 @@ def cluster() -> Iterator[ValkeyCluster]:
 
 @pytest_asyncio.fixture
 async def client(cluster: ValkeyCluster) -> AsyncIterator[RedisCluster]:
-    made = create_redis(cluster.url, client_name="test", timeout_ms=5_000)
+    # A busy test machine is not an outage.
+    made = create_redis(cluster.url, client_name="test", timeout_ms=20_000, connect_timeout_ms=20_000)
     assert isinstance(made, RedisCluster)
     yield made
     await made.aclose()

@@ -32,6 +32,7 @@ from deploy.local.shutdown import stop_everything
 from deploy.local.stack import STEPS, Stack
 from deploy.local.state import Layout
 from tests.running_stack import RunningStack
+from tests.secrets_seen import SecretsSeen, watching
 
 ROOT = Path(__file__).parents[1]
 STATE_PREFIX = "tollgate-test-"
@@ -166,10 +167,16 @@ def components(state_directory: Path) -> Iterator[Components]:
 
 @pytest.fixture(scope="session")
 def stack(state_directory: Path) -> Iterator[RunningStack]:
-    """The whole stack; see the module's docstring."""
+    """The whole stack; see the module's docstring. At its end no log of it holds a secret that the tests saw."""
     complete = Stack(Layout(ROOT, state_directory / "stack"), pick_port(frozenset()), {})
+    seen = SecretsSeen()
     try:
-        yield RunningStack(complete, complete.up(Progress(None, STEPS)))
+        running = RunningStack(complete, complete.up(Progress(None, STEPS)))
+        seen.add([*complete.secrets.values(), running.api_key, running.admin_token])
+        with watching(running.url, seen):
+            yield running
+        found = seen.in_logs(complete.layout.log)
+        assert not found, f"of {len(seen)} secrets some stand in logs: {found}"
     finally:
         complete.down()
 

@@ -29,6 +29,11 @@ QUERIES = {
         "SELECT * FROM auth.api_key WHERE org_id = md5('org' || $1::text)::uuid ORDER BY id DESC LIMIT 20"
     ),
     "list: all users": "SELECT * FROM auth.user_account WHERE id < md5($1::text)::uuid ORDER BY id DESC LIMIT 50",
+    "search: users by the beginning of a name": (
+        "SELECT * FROM auth.user_account WHERE lower(username) ~>=~ lower('User-' || $1::text) "
+        "AND lower(username) ~<~ concat(lower('User-' || $1::text), U&'\\+10FFFF') "
+        "ORDER BY lower(username) USING ~<~ LIMIT 50"
+    ),
 }
 
 

@@ -170,6 +170,13 @@ class ModelNotHeld(PermissionDenied):
     default_message = "An API key may not reach models that the key that makes it cannot reach."
 
 
+class BeyondOwnKey(PermissionDenied):
+    """A key never makes or changes a key into one that reaches further than itself."""
+
+    default_code = "beyond_own_key"
+    default_message = "A key may not give another one higher limits, more addresses or a longer life than its own."
+
+
 class LimitAbovePlan(PermissionDenied):
     default_code = "limit_above_plan"
     default_message = "A limit may only be lowered from the plan's; ask an operator to raise it."

@@ -37,7 +37,6 @@ class AuthSettings(ServiceSettings):
     auth_sessions_per_user_max: int = Field(default=50, ge=1)
     auth_keys_per_org_max: int = Field(default=1_000, ge=1)
 
-    # Every new wallet gets the sign-up credits, so who may make organisations may make credits.
     auth_self_service_orgs: bool = False
     auth_orgs_per_user_max: int = Field(default=20, ge=1)
     auth_members_per_org_max: int = Field(default=500, ge=1)

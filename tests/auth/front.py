@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from services.gateway.settings import GatewaySettings
 from tests.auth.harness import PASSWORD, Auth, RunningClock, User, running
 from tests.conftest import role_url
 from tests.gateway.harness import Backend, Gateway, Server, backend, gateway
@@ -21,6 +22,7 @@ class Front:
     auth: Auth
     gateway: Gateway
     others: Backend
+    configured: GatewaySettings  # for more gateways of the same
 
     @property
     def http(self) -> httpx.AsyncClient:
@@ -72,4 +74,4 @@ async def front(owner_url: str, redis_url: str, **changes: Any) -> AsyncIterator
             gateway_user_per_minute=100_000,
         )
         async with gateway(configured) as running_gateway:
-            yield Front(auth, running_gateway, others)
+            yield Front(auth, running_gateway, others, configured)

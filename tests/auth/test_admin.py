@@ -1,8 +1,12 @@
 """What operators may do, and nobody else."""
 
 import json
+import secrets
+from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from tests.auth.harness import Auth
 
@@ -105,3 +109,71 @@ async def test_only_an_admin_disables_operators_and_nobody_themselves(auth: Auth
     assert await disable(admin.access_token, admin.id) == 403
     assert await disable(admin.access_token, colleague.id) == 200
     assert await disable(admin.access_token, "0190a000-0000-7000-8000-000000000000") == 404
+
+
+USERS = "/api/v1/admin/auth/users"
+
+
+async def test_operators_list_everybody_and_find_them_by_the_beginning_of_name_or_address(auth: Auth) -> None:
+    operator = await auth.user("operator")
+    stem = f"find-{secrets.token_hex(4)}"
+    made = [(await auth.register(username=f"{stem}.{n}", email=f"{stem}-{n}@example.com")).json() for n in range(5)]
+    await auth.register(username=f"{stem[:-1]}-other")
+
+    async def pages(**query: str) -> list[list[str]]:
+        seen, cursor = [], None
+        while True:
+            params = {**query, "limit": "2", **({"cursor": cursor} if cursor else {})}
+            answer = await auth.call("GET", USERS, token=operator.access_token, params=params)
+            assert answer.status_code == 200, answer.text
+            page = answer.json()
+            seen.append([user["name"] for user in page["data"]])
+            cursor = page["next_cursor"]
+            assert page["has_more"] is (cursor is not None)
+            if cursor is None or len(seen) == 3:
+                return seen
+
+    names = [user["username"] for user in made]
+    assert await pages(search=stem.upper()) == [names[:2], names[2:4], names[4:]]
+    assert await pages(search=f"{stem}-1@ex") == [[names[1]]]
+    assert await pages(search=f"{stem}%") == await pages(search="_" * 9) == [[]]
+    listed = await pages()
+    assert listed[0][1] == names[4]  # the newest but one
+    found = (await auth.call("GET", USERS, token=operator.access_token, params={"search": names[0]})).json()["data"][0]
+    assert found["id"] == made[0]["user_id"]
+    assert (found["email"], found["status"], found["roles"]) == (f"{stem}-0@example.com", "active", ["user"])
+    assert "password" not in str(found)
+
+
+async def test_nobody_else_lists_users(auth: Auth) -> None:
+    user = await auth.user()
+    assert (await auth.call("GET", USERS, token=user.access_token)).status_code == 403
+    assert (await auth.call("GET", USERS)).status_code == 401
+
+
+async def test_lists_and_searches_read_an_index_and_no_more_than_their_page(auth: Auth) -> None:
+    """As PostgreSQL would have it on a table that is worth an index."""
+    operator = await auth.user("operator")
+    statements: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool) -> None:
+        if "user_account" in statement and "LIMIT" in statement:
+            statements.append((statement, parameters))
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        for params in ({}, {"search": "a"}, {"search": "a@b"}):
+            answer = await auth.call("GET", USERS, token=operator.access_token, params=params)
+            assert answer.status_code == 200
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    lists = [(text, values) for text, values in statements if "password_hash" in text and "membership" not in text]
+    assert len(lists) == 3
+    async with auth.connect("tollgate_auth") as connection:
+        await connection.execute("SET enable_seqscan = off; SET enable_sort = off")
+        for text, values in lists:
+            plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {text}", *values))
+            assert "Index Scan" in plan, plan
+            assert "Seq Scan on user_account" not in plan, plan
+            assert "Sort Key: user_account" not in plan, plan
+            assert "Sort Key: (lower" not in plan, plan

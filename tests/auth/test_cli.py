@@ -17,7 +17,7 @@ from tests.auth.harness import IDENTITY_KEYS, PASSWORD, PEPPERS, SECRET_KEY, Aut
 from tests.conftest import Components, role_url
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 60
+DEADLINE_S = 150
 
 
 @pytest.fixture(scope="module")

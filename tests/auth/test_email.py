@@ -109,7 +109,7 @@ async def verified_user(auth: Auth, postbox: Postbox) -> tuple[str, str]:
     email = f"{name}@example.com"
     assert (await post(auth, "register", username=name, email=email, password=PASSWORD))[0] == 202
     await deliver(auth)
-    assert (await post(auth, "verify-email", token=postbox.token()))[0] == 201
+    assert (await post(auth, "verify-email", token=postbox.token(), password=PASSWORD))[0] == 201
     return name, email
 
 
@@ -126,10 +126,53 @@ async def test_an_account_is_made_when_its_address_is_proven(mailing: Auth, post
     assert postbox.messages[-1]["from"] == "Tollgate <no-reply@example.com>"
     assert postbox.messages[-1]["auto-submitted"] == "auto-generated"
 
-    status, user = await post(mailing, "verify-email", token=postbox.token())
+    token = postbox.token()
+    status, user = await post(mailing, "verify-email", token=token, password=PASSWORD)
     assert (status, user["username"], user["email"]) == (201, name, body["email"])
     assert (await mailing.login(name)).status_code == 200
-    assert (await post(mailing, "verify-email", token=postbox.token()))[1]["code"] == "invalid_email_token"
+    again = await post(mailing, "verify-email", token=token, password=PASSWORD)
+    assert again[1]["code"] == "invalid_email_token"
+
+
+async def test_whoever_reads_the_mailbox_makes_no_account_with_somebody_elses_password(
+    mailing: Auth, postbox: Postbox
+) -> None:
+    """A stranger registers with an address of yours, and waits for you to confirm it."""
+    name = f"user-{secrets.token_hex(6)}"
+    strangers = {"username": name, "email": f"{name}@example.com", "password": PASSWORD}
+    assert (await post(mailing, "register", **strangers))[0] == 202
+    await deliver(mailing)
+    token = postbox.token()
+    status, refused = await post(mailing, "verify-email", token=token, password="what the owner would type")
+    assert (status, refused["code"], refused["param"]) == (403, "wrong_password", "password")
+    assert (await mailing.login(name)).status_code == 401
+    yours = {**strangers, "username": f"{name}.too", "password": NEW_PASSWORD}
+    assert (await post(mailing, "register", **yours))[0] == 202
+    await deliver(mailing)
+    assert (await post(mailing, "verify-email", token=postbox.token(), password=NEW_PASSWORD))[0] == 201
+    late = await post(mailing, "verify-email", token=token, password=PASSWORD)
+    assert (late[0], late[1]["code"]) == (400, "invalid_email_token")
+    assert (await mailing.login(name)).status_code == 401
+
+
+async def test_who_resets_the_password_of_an_address_that_was_never_proven_keeps_none_of_its_keys(
+    owner_url: str, components: Components, server: Any, postbox: Postbox
+) -> None:
+    """Where registration is open: a stranger's account with your address is yours when you read its mailbox."""
+    smtp = {"auth_smtp_url": SecretStr(server[1]), "auth_email_link_url": LINKS}
+    async with running(owner_url, components.redis_url, **smtp) as auth:
+        stranger = await auth.user()
+        key = await auth.key(stranger)
+        for expected in ("revoked", "active"):
+            assert (await post(auth, "password/forgot", email=stranger.email))[0] == 202
+            await deliver(auth)
+            assert (await post(auth, "password/reset", token=postbox.token(), new_password=NEW_PASSWORD))[0] == 204
+            row = await auth.key_row(key["key"])
+            assert row is not None
+            assert row["status"] == expected
+            tokens = (await auth.login(stranger.username, NEW_PASSWORD)).json()
+            body = {"name": "mine"}
+            key = (await auth.call("POST", "/api/v1/keys", token=tokens["access_token"], json=body)).json()
 
 
 async def test_registration_does_not_tell_who_has_an_account(mailing: Auth, postbox: Postbox) -> None:
@@ -196,12 +239,13 @@ async def test_tokens_end_and_serve_one_purpose_only(mailing: Auth, postbox: Pos
     await deliver(mailing)
     verify = postbox.token()
     refused = [
-        await post(mailing, "verify-email", token=reset),
+        await post(mailing, "verify-email", token=reset, password=PASSWORD),
         await post(mailing, "password/reset", token=verify, new_password=NEW_PASSWORD),
-        await post(mailing, "verify-email", token="tg_email_" + "A" * 43),
+        await post(mailing, "verify-email", token="tg_email_" + "A" * 43, password=PASSWORD),
     ]
     assert {(status, body["code"]) for status, body in refused} == {(400, "invalid_email_token")}
-    assert (await post(mailing, "verify-email", token=verify))[0] == 204
+    assert (await post(mailing, "verify-email", token=verify, password=NEW_PASSWORD))[0] == 403
+    assert (await post(mailing, "verify-email", token=verify, password=PASSWORD))[0] == 204
     mailing.clock.advance(mailing.settings.auth_password_reset_ttl_s + 1)
     assert (await post(mailing, "password/reset", token=reset, new_password=NEW_PASSWORD))[0] == 400
     await mailing.services.email.prune()

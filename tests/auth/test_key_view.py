@@ -172,3 +172,52 @@ async def test_the_services_role_cannot_change_tables_plans_or_roles_nor_delete_
         ):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)
+
+
+async def test_a_key_does_no_more_than_its_owner_may_now(auth: Auth) -> None:
+    """Roles of the installation and of the organisation bound a key's scopes at use, and give them back."""
+    boss, member = await auth.user(), await auth.user()
+    path = f"/api/v1/organizations/{boss.org_id}"
+    invitation = await auth.call("POST", f"{path}/invitations", token=boss.access_token, json={"role": "admin"})
+    body = {"token": invitation.json()["token"]}
+    assert (await auth.call("POST", "/api/v1/organizations/join", token=member.access_token, json=body)).is_success
+    wanted = ["models", "billing:write", "chat"]
+    made = await auth.call(
+        "POST",
+        f"/api/v1/keys?organization_id={boss.org_id}",
+        token=member.access_token,
+        json={"name": "k", "scopes": wanted},
+    )
+    key = made.json()
+    assert (await row(auth, key))["scopes"] == wanted
+    for role, expected in (("member", ["models", "chat"]), ("owner", wanted)):
+        answer = await auth.call("PATCH", f"{path}/members/{member.id}", token=boss.access_token, json={"role": role})
+        assert answer.status_code == 200, answer.text
+        assert (await row(auth, key))["scopes"] == expected
+    async with auth.connect() as connection:
+        await connection.execute("INSERT INTO auth.role VALUES ('reader', 'Reads') ON CONFLICT DO NOTHING")
+        await connection.execute("INSERT INTO auth.role_permission VALUES ('reader', 'models') ON CONFLICT DO NOTHING")
+        await connection.execute("UPDATE auth.user_role SET role = 'reader' WHERE user_id = $1", member.id)
+    assert (await row(auth, key))["scopes"] == ["models"]
+
+
+async def test_a_key_for_everything_of_somebody_who_is_no_admin_any_more_is_for_what_they_may(auth: Auth) -> None:
+    admin = await auth.user("admin")
+    key = await auth.key(admin, scopes=["admin", "*"])
+    assert (await row(auth, key))["scopes"] == ["admin", "*"]
+    account = await auth.services.installation.user(admin.username)
+    version = (await row(auth, key))["version"]
+    await auth.services.installation.set_role(account, "admin", held=False)
+    found = await row(auth, key)
+    assert set(found["scopes"]) == {
+        "chat", "models", "inference", "billing:read", "billing:write", "keys:read", "keys:write"
+    }  # fmt: skip
+    assert found["version"] == version + 1
+
+
+async def test_a_service_accounts_key_keeps_what_a_manager_gave_it(auth: Auth) -> None:
+    owner = await auth.user()
+    path = f"/api/v1/organizations/{owner.org_id}/service-accounts"
+    account = (await auth.call("POST", path, token=owner.access_token, json={"name": "batch"})).json()
+    key = await auth.key(owner, service_account_id=account["id"], scopes=["billing:write"])
+    assert (await row(auth, key))["scopes"] == ["billing:write"]

@@ -1,9 +1,10 @@
 """API keys over REST: made, listed, changed, rotated, revoked."""
 
 import asyncio
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from shared import apikeys
@@ -283,3 +284,68 @@ async def test_an_organisation_has_at_most_so_many_usable_keys(owner_url: str, c
         assert (await auth.call("POST", path, token=user.access_token, json={"grace_s": 0})).status_code == 201
         await auth.call("DELETE", f"{KEYS}/{listed[0]['id']}", token=user.access_token)
         assert (await create(auth, user))[0] == 201
+
+
+async def made_by(auth: Auth, key: dict[str, Any], **body: Any) -> httpx.Response:
+    return await auth.call("POST", KEYS, key=key["key"], json={"name": "child", **body})
+
+
+async def test_a_key_makes_keys_within_its_own_limits_addresses_and_life(auth: Auth) -> None:
+    user = await auth.user()
+    ends = auth.clock.now() + timedelta(hours=1)
+    terms = {
+        "scopes": ["keys:write", "models"],
+        "limits": {"minute": 5, "concurrency": 2},
+        "allowed_addresses": ["10.1.0.0/16", "2001:db8::/32"],
+        "expires_at": ends.isoformat(),
+    }
+    maker = await auth.key(user, **terms)
+    child = (await made_by(auth, maker, scopes=["models"])).json()
+    assert child["limits"] == maker["limits"]
+    assert child["allowed_addresses"] == maker["allowed_addresses"]
+    assert datetime.fromisoformat(child["expires_at"]) == ends
+    row = await auth.key_row(child["key"])
+    assert row is not None
+    assert str(row["limit_id"]) == maker["id"]  # more keys are no more requests
+    narrower = await made_by(
+        auth, maker, scopes=["models"], limits={"minute": 1}, allowed_addresses=["10.1.2.0/24", "2001:db8:1::/48"]
+    )
+    assert narrower.status_code == 201, narrower.text
+    assert narrower.json()["limits"] == {**maker["limits"], "minute": 1}
+    for wider, param in (
+        ({"limits": {"minute": 6}}, "limits.minute"),
+        ({"limits": {"concurrency": 3}}, "limits.concurrency"),
+        ({"allowed_addresses": ["10.1.0.0/16", "192.0.2.0/24"]}, "allowed_addresses"),
+        ({"allowed_addresses": ["10.0.0.0/8"]}, "allowed_addresses"),
+        ({"allowed_addresses": ["2001::/16"]}, "allowed_addresses"),
+        ({"expires_at": (ends + timedelta(seconds=1)).isoformat()}, "expires_at"),
+    ):
+        refused = await made_by(auth, maker, scopes=["models"], **wider)
+        found = (refused.status_code, refused.json()["code"], refused.json()["param"])
+        assert found == (403, "beyond_own_key", param), wider
+    assert (await made_by(auth, maker, scopes=["chat"])).json()["code"] == "scope_not_held"
+
+
+async def test_a_key_changes_no_key_not_even_itself_into_one_that_reaches_further(auth: Auth) -> None:
+    user = await auth.user()
+    wide = await auth.key(user, scopes=["keys:write"])
+    maker = await auth.key(user, scopes=["keys:write"], limits={"minute": 5}, allowed_addresses=["10.1.0.0/16"])
+    for target in (wide, maker):
+        path = f"{KEYS}/{target['id']}"
+        for body in ({"limits": {"minute": 6}}, {"limits": None}, {"allowed_addresses": None}):
+            refused = await auth.call("PATCH", path, key=maker["key"], json=body)
+            assert (refused.status_code, refused.json()["code"]) == (403, "beyond_own_key"), body
+    stolen = await auth.call("POST", f"{KEYS}/{wide['id']}/rotate", key=maker["key"])
+    assert (stolen.status_code, stolen.json()["code"]) == (403, "beyond_own_key")
+    assert (await auth.call("POST", f"{KEYS}/{maker['id']}/rotate", key=maker["key"])).status_code == 201
+    narrowed = await auth.call("PATCH", f"{KEYS}/{maker['id']}", key=maker["key"], json={"limits": {"minute": 4}})
+    assert narrowed.status_code == 200
+    assert (await made_by(auth, wide, scopes=["keys:write"], limits={"minute": 60})).status_code == 201
+
+
+async def test_a_key_without_limits_of_its_own_makes_keys_that_count_by_themselves(auth: Auth) -> None:
+    maker = await auth.key(await auth.user(), scopes=["keys:write", "chat"])
+    child = (await made_by(auth, maker, scopes=["chat"])).json()
+    row = await auth.key_row(child["key"])
+    assert row is not None
+    assert str(row["limit_id"]) == child["id"]

@@ -42,7 +42,7 @@ async def structure(url: str) -> set[tuple[str, ...]]:
 
 def run(*command: str, url: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "TOLLGATE_DATABASE_URL": url}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
 
 
 def test_alembic_finds_no_difference_between_migrations_and_models(owner_url: str) -> None:

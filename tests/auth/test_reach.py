@@ -137,3 +137,37 @@ async def test_every_change_of_a_key_is_in_force_at_its_next_request(whole: Fron
     assert [await whole.reaches_models(key["key"]) for _ in range(2)] == [200, 429]
     await ok(whole, "DELETE", path, credential=user.access_token)
     assert await whole.reaches_models(key["key"]) == 401
+
+
+async def test_a_session_goes_on_in_another_organisation_and_its_tokens_for_the_first_are_over(whole: Front) -> None:
+    owner, member = await whole.user(), await whole.user()
+    invitations = f"/api/v1/organizations/{owner.org_id}/invitations"
+    token = (await ok(whole, "POST", invitations, credential=owner.access_token, json={}))["token"]
+    await ok(whole, "POST", "/api/v1/organizations/join", credential=member.access_token, json={"token": token})
+    assert await whole.reaches_models(member.access_token) == 200
+
+    async def switch(refresh_token: str, org_id: str) -> Any:
+        body = {"refresh_token": refresh_token, "organization_id": org_id}
+        return await ok(whole, "POST", "/api/v1/auth/refresh", json=body)
+
+    team = await switch(member.refresh_token, owner.org_id)
+    assert await whole.reaches_models(member.access_token) == 401
+    assert await whole.reaches_models(team["access_token"]) == 200
+    # Billing sees the organisation, and that a plain member does not write to its money.
+    await ok(whole, "GET", "/api/v1/billing/wallet", credential=team["access_token"])
+    seen = whole.others.last.identity
+    assert (seen.user_id, seen.org_id) == (member.id, owner.org_id)
+    assert "billing:read" in seen.scopes
+    assert "billing:write" not in seen.scopes
+    again = await ok(whole, "POST", "/api/v1/auth/refresh", json={"refresh_token": team["refresh_token"]})
+    await ok(whole, "GET", "/api/v1/billing/wallet", credential=again["access_token"])
+    assert whole.others.last.identity.org_id == owner.org_id
+    stranger = await whole.user()
+    body = {"refresh_token": again["refresh_token"], "organization_id": stranger.org_id}
+    refused = await whole.call("POST", "/api/v1/auth/refresh", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (404, "organization_not_found")
+    home = await switch(again["refresh_token"], member.org_id)  # which the refusal did not use up
+    assert await whole.reaches_models(again["access_token"]) == 401
+    assert await whole.reaches_models(team["access_token"]) == 401
+    assert await whole.reaches_models(home["access_token"]) == 200
+    assert await whole.reaches_models(member.access_token) == 401

@@ -13,6 +13,15 @@ def test_uuid7_has_version_variant_and_time() -> None:
     assert made.int >> 80 == 1_700_000_000_123
 
 
+def test_a_service_accounts_id_is_marked_and_sorts_among_the_others() -> None:
+    made = ids.service_account_id(1_700_000_000_123)
+    assert (made.version, made.variant) == (8, uuid.RFC_4122)
+    assert ids.uuid7(1_700_000_000_122) < made < ids.uuid7(1_700_000_000_124)
+    assert ids.is_service_account(made)
+    assert not ids.is_service_account(ids.uuid7())
+    assert not ids.is_service_account(uuid.uuid4())
+
+
 def test_later_ids_sort_later() -> None:
     assert ids.uuid7(1) < ids.uuid7(2)
 

@@ -65,11 +65,15 @@ def create_user(
 
 
 @users.command("list")
-def list_users(limit: Limit = 50, as_json: Json = False) -> None:
-    """Everybody, newest first."""
+def list_users(
+    search: Annotated[str, typer.Option(help="How the user name begins; with an @, how the address does.")] = "",
+    limit: Limit = 50,
+    as_json: Json = False,
+) -> None:
+    """Everybody, newest first; or those that are searched for."""
 
     async def act(services: Services) -> list[Row]:
-        page = await services.installation.users(before=None, limit=limit)
+        page = await services.installation.users(search=search, before=None, limit=limit)
         return [
             {"id": u.id, "name": u.name, "kind": u.kind, "email": u.email, "status": u.status, "roles": u.roles}
             for u in page.rows

@@ -335,13 +335,14 @@ def merge_limits(
             merged.pop(name, None)
             continue
         ceilings = (plan[name], present.get(name, plan[name]))
-        if not may_raise and all(_exceeds(name, value, ceiling) for ceiling in ceilings):
+        if not may_raise and all(exceeds(name, value, ceiling) for ceiling in ceilings):
             raise LimitAbovePlan(f"limits.{name}: at most {max(ceilings)} here; ask an operator to raise it.")
         merged[name] = value
     return merged
 
 
-def _exceeds(name: str, value: int, ceiling: int) -> bool:
+def exceeds(name: str, value: int, ceiling: int) -> bool:
+    """Whether a limit is above another."""
     if name == "tokens_per_minute" and 0 in (value, ceiling):  # 0 is "no limit", above every number
         return ceiling != 0
     return value > ceiling

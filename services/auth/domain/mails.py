@@ -18,6 +18,10 @@ class Purpose(StrEnum):
     RESET = "reset"
 
 
+ISSUED_BY, OPERATOR = "issued_by", "operator"
+"""In the payload of a token that an operator hands over: it proves no mailbox."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mail:
     """A message as it goes out. The bodies hold secrets, which `repr` does not show."""
@@ -54,8 +58,8 @@ _SUBJECTS = {
     Purpose.RESET: "Reset your password",
 }
 _ASKS = {
-    Purpose.REGISTER: "Somebody, hopefully you, registered with this address. Confirm it to make the account.",
-    Purpose.VERIFY: "Confirm that this address is yours.",
+    Purpose.REGISTER: "Somebody, hopefully you, registered with this address. Confirm it, with your password.",
+    Purpose.VERIFY: "Confirm that this address is yours, with your password.",
     Purpose.RESET: "Somebody, hopefully you, asked for a new password. Choose one here. All sessions will end.",
 }
 _PAGES = {Purpose.REGISTER: "verify-email", Purpose.VERIFY: "verify-email", Purpose.RESET: "reset-password"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Row, Select, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, delete, func, insert, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
@@ -37,6 +37,7 @@ _SCOPES = (
 
 
 PERSON = "person"
+LAST_CHARACTER = "\U0010ffff"  # what begins with a text is between it and it with this behind
 
 
 class AccountRepository:
@@ -155,11 +156,28 @@ class AccountRepository:
         return _account(row) if row else None
 
 
-async def page_of_users(session: AsyncSession, *, before: UUID | None, limit: int) -> list[UserSummary]:
-    """Everybody, newest first."""
-    statement = select(UserRow, _ROLES).order_by(UserRow.id.desc()).limit(limit)
-    if before is not None:
-        statement = statement.where(UserRow.id < before)
+async def page_of_users(
+    session: AsyncSession, *, search: str = "", before: UUID | None, limit: int
+) -> list[UserSummary]:
+    """Everybody, newest first; or those whose user name (with an `@`: whose address) begins with `search`, by that. The
+    page begins after the user `before`.
+    """
+    statement = select(UserRow, _ROLES).limit(limit)
+    if search:
+        # By the operators of text_pattern_ops: in the order of bytes, whatever the database's own.
+        found, first = func.lower(UserRow.email if "@" in search else UserRow.username), func.lower(search)
+        within = (
+            found.op("~>=~", is_comparison=True)(first),
+            found.op("~<~", is_comparison=True)(func.concat(first, LAST_CHARACTER)),
+        )
+        statement = statement.where(*within).order_by(found.op("USING")(text("~<~")))
+        if before is not None:
+            last = select(found).where(UserRow.id == before).correlate(None).scalar_subquery()
+            statement = statement.where(found.op("~>~", is_comparison=True)(last))
+    else:
+        statement = statement.order_by(UserRow.id.desc())
+        if before is not None:
+            statement = statement.where(UserRow.id < before)
     return [
         UserSummary(
             id=user.id,

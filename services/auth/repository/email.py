@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import ColumnElement, delete, func, insert, select, update
 
 from services.auth.domain.mails import EmailToken, Order, Purpose
 from services.auth.tables import EmailOutboxRow, EmailTokenRow
@@ -92,18 +92,15 @@ class EmailRepository:
             )
         )
 
+    async def find_token(self, digest: str, purposes: tuple[Purpose, ...], now: datetime) -> EmailToken | None:
+        """As `take_token`, and it stays."""
+        statement = select(EmailTokenRow).where(*_standing(digest, purposes, now))
+        return _email_token((await self._session.scalars(statement)).one_or_none())
+
     async def take_token(self, digest: str, purposes: tuple[Purpose, ...], now: datetime) -> EmailToken | None:
         """What a token stands for, which is used up; None for an unknown, used, foreign or expired one."""
-        statement = delete(EmailTokenRow).where(
-            EmailTokenRow.digest == digest,
-            EmailTokenRow.purpose.in_([purpose.value for purpose in purposes]),
-            EmailTokenRow.expires_at > now,
-        )
-        row = (await self._session.scalars(statement.returning(EmailTokenRow))).one_or_none()
-        if row is None:
-            return None
-        user_id = str(row.user_id) if row.user_id else None
-        return EmailToken(Purpose(row.purpose), row.address, user_id, row.payload, row.expires_at)
+        statement = delete(EmailTokenRow).where(*_standing(digest, purposes, now))
+        return _email_token((await self._session.scalars(statement.returning(EmailTokenRow))).one_or_none())
 
     async def remove_tokens_of(self, user_id: UUID) -> None:
         await self._session.execute(delete(EmailTokenRow).where(EmailTokenRow.user_id == user_id))
@@ -123,3 +120,18 @@ class EmailRepository:
             delete(EmailOutboxRow).where(EmailOutboxRow.id.in_(orders)).returning(EmailOutboxRow.id)
         )
         return max(len(gone_tokens.all()), len(gone_orders.all()))
+
+
+def _standing(digest: str, purposes: tuple[Purpose, ...], now: datetime) -> tuple[ColumnElement[bool], ...]:
+    return (
+        EmailTokenRow.digest == digest,
+        EmailTokenRow.purpose.in_([purpose.value for purpose in purposes]),
+        EmailTokenRow.expires_at > now,
+    )
+
+
+def _email_token(row: EmailTokenRow | None) -> EmailToken | None:
+    if row is None:
+        return None
+    user_id = str(row.user_id) if row.user_id else None
+    return EmailToken(Purpose(row.purpose), row.address, user_id, row.payload, row.expires_at)

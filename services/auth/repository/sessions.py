@@ -94,6 +94,15 @@ class SessionRepository:
             )
         )
 
+    async def leave_organization(self, session_id: UUID, now: datetime) -> list[SessionEvent]:
+        """Tokens of a session are over, as gateways know it: by the organisation that it is in. `enter_organization`
+        follows in the same transaction.
+        """
+        return await self._apply(update(SessionRow).where(SessionRow.id == session_id).values(last_used_at=now))
+
+    async def enter_organization(self, session_id: UUID, org_id: UUID) -> None:
+        await self._session.execute(update(SessionRow).where(SessionRow.id == session_id).values(org_id=org_id))
+
     async def _apply(self, change: Update) -> list[SessionEvent]:
         """The one way in which sessions change: the version grows, and an event stays in the outbox."""
         changed = (

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from services.auth.domain import AuditFilter, AuditLine, UserStatus
 from services.auth.errors import KeyNotActive, KeyNotFound, OrganizationNotFound, UserNotFound
 from services.auth.routes.dependencies import AllServices, CurrentActor
-from services.auth.routes.fields import Body, LimitsBody, Timestamp, refusals
+from services.auth.routes.fields import Body, LimitsBody, Login, Timestamp, refusals
 from services.auth.routes.keys import KeyAnswer, RevokedAnswer, key_answer
 from services.auth.routes.pages import Before, PageSize, cursor_of
 from shared.errors import InvalidRequest, PermissionDenied, Unauthenticated
@@ -39,6 +39,26 @@ class UserStatusBody(Body):
 class UserStatusAnswer(BaseModel):
     user_id: UUID
     status: UserStatus
+
+
+class UserListEntry(BaseModel):
+    """`kind` is `person` or `service`; a service account has a name and no address."""
+
+    object: Literal["user"] = "user"
+    id: UUID
+    name: str
+    kind: str
+    email: str | None
+    status: UserStatus
+    roles: list[str]
+    created_at: datetime
+
+
+class UserListAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[UserListEntry]
+    has_more: bool
+    next_cursor: str | None
 
 
 class AuditLineAnswer(BaseModel):
@@ -90,6 +110,38 @@ async def read_audit(
     page = await services.admin.audit_page(actor, chosen, before=before, limit=limit)
     return AuditListAnswer(
         data=[_audit_line(line) for line in page.rows],
+        has_more=page.next_id is not None,
+        next_cursor=cursor_of(page.next_id),
+    )
+
+
+@router.get(
+    "/users", summary="List or find users", responses=refusals(InvalidRequest, Unauthenticated, PermissionDenied)
+)
+async def list_users(
+    actor: CurrentActor,
+    services: AllServices,
+    before: Before,
+    limit: PageSize = 50,
+    search: Annotated[
+        Login | None, Query(description="How the user name begins; with an `@`, how the address does.")
+    ] = None,
+) -> UserListAnswer:
+    """Everybody, newest first; those that are searched for, by name or address."""
+    page = await services.admin.users(actor, search=search or "", before=before, limit=limit)
+    return UserListAnswer(
+        data=[
+            UserListEntry(
+                id=user.id,
+                name=user.name,
+                kind=user.kind,
+                email=user.email or None,
+                status=user.status,
+                roles=list(user.roles),
+                created_at=user.created_at,
+            )
+            for user in page.rows
+        ],
         has_more=page.next_id is not None,
         next_cursor=cursor_of(page.next_id),
     )

@@ -4,7 +4,8 @@
     tg_refresh   HttpOnly, Strict   only to /api/v1/auth
     tg_csrf      Strict             its value goes into x-csrf-token of every request that changes something
 
-Over HTTPS the first and the last are called `__Host-…`, and all are Secure.
+Over HTTPS the first and the last are called `__Host-…`, as is `tg_oidc` while somebody is away at a provider; all are
+Secure.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from services.auth.service.sessions import TokenPair
 from shared.access_tokens import CookieNames, cookie_names
 
 REFRESH_PATH = "/api/v1/auth"
-FLOW_COOKIE = "tg_oidc"
-FLOW_PATH = "/api/v1/auth/oidc"
 FLOW_MAX_AGE_S = 600
 
 
@@ -83,14 +82,23 @@ def clear_cookies(request: Request, response: Response) -> None:
 def set_flow_cookie(request: Request, response: Response, state: str) -> None:
     """The state of a sign-in through a provider; Lax, since the provider sends the browser back here."""
     response.set_cookie(
-        FLOW_COOKIE,
+        flow_cookie(request),
         state,
         FLOW_MAX_AGE_S,
-        path=FLOW_PATH,
+        path="/",
         secure=_is_secure(request),
         httponly=True,
         samesite="lax",
     )
+
+
+def flow_cookie(request: Request) -> str:
+    """Its name; over HTTPS as of the others, so that no other host of the domain plants a sign-in of its own."""
+    return "__Host-tg_oidc" if _is_secure(request) else "tg_oidc"
+
+
+def clear_flow_cookie(request: Request, response: Response) -> None:
+    response.delete_cookie(flow_cookie(request), path="/", secure=_is_secure(request), httponly=True, samesite="lax")
 
 
 def _is_secure(request: Request) -> bool:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.auth.domain import DEFAULT_KEY_SCOPES, KEY_LIFETIME_DAYS_MAX, ApiKey
 from services.auth.errors import (
+    BeyondOwnKey,
     KeyNotActive,
     KeyNotFound,
     LimitAbovePlan,
@@ -154,6 +155,7 @@ class KeyListAnswer(BaseModel):
         Unauthenticated,
         ScopeNotHeld,
         ModelNotHeld,
+        BeyondOwnKey,
         LimitAbovePlan,
         NotAllowedInOrganization,
         ServiceAccountNotFound,
@@ -161,7 +163,9 @@ class KeyListAnswer(BaseModel):
     ),
 )
 async def create_key(body: CreateKeyBody, actor: ActorInOrganization, services: AllServices) -> NewKeyAnswer:
-    """`key` is shown this once. It can do no more than who makes it; its limits are at most the plan's."""
+    """`key` is shown this once. It can do no more than who makes it; its limits are at most the plan's. One that a key
+    makes has that key's limits, addresses and expiry where the body leaves them out.
+    """
     draft = KeyDraft(
         name=body.name,
         scopes=tuple(body.scopes),
@@ -232,7 +236,14 @@ async def get_key_usage(
     "/{key_id}",
     summary="Change a key",
     responses=refusals(
-        InvalidRequest, Unauthenticated, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, KeyNotFound, KeyNotActive
+        InvalidRequest,
+        Unauthenticated,
+        ScopeNotHeld,
+        ModelNotHeld,
+        BeyondOwnKey,
+        LimitAbovePlan,
+        KeyNotFound,
+        KeyNotActive,
     ),
 )
 async def update_key(key_id: UUID, body: UpdateKeyBody, actor: ActorInOrganization, services: AllServices) -> KeyAnswer:
@@ -265,7 +276,15 @@ async def delete_key(key_id: UUID, actor: ActorInOrganization, services: AllServ
     status_code=201,
     summary="Replace a key's secret",
     responses=refusals(
-        InvalidRequest, Unauthenticated, NotKeyOwner, ScopeNotHeld, ModelNotHeld, KeyNotFound, KeyNotActive, TooManyKeys
+        InvalidRequest,
+        Unauthenticated,
+        NotKeyOwner,
+        ScopeNotHeld,
+        ModelNotHeld,
+        BeyondOwnKey,
+        KeyNotFound,
+        KeyNotActive,
+        TooManyKeys,
     ),
 )
 async def rotate_key(

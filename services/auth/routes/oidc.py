@@ -82,7 +82,7 @@ async def callback(
     code: Annotated[str, Query(max_length=CODE_CHARS_MAX)] = "",
 ) -> TokenAnswer | CookieAnswer | Response:
     """Only for the browser that began, once. Cookies and a page, or tokens, as it was asked for."""
-    kept = request.cookies.get(cookies.FLOW_COOKIE, "")
+    kept = request.cookies.get(cookies.flow_cookie(request), "")
     if not code or not state:
         raise OidcRefused(detail="the provider sent no code")
     pair, return_to = await services.oidc.finish(provider, code=code, state=state, kept=kept, origin=origin)
@@ -91,5 +91,5 @@ async def callback(
         return cookies.answer(request, response, pair)
     redirect = RedirectResponse(return_to, 303, {"cache-control": "no-store"})
     cookies.set_cookies(request, redirect, pair)
-    redirect.delete_cookie(cookies.FLOW_COOKIE, path=cookies.FLOW_PATH)
+    cookies.clear_flow_cookie(request, redirect)
     return redirect

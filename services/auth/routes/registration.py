@@ -19,6 +19,7 @@ from services.auth.errors import (
     RegistrationClosed,
     UsernameTaken,
     WeakPassword,
+    WrongPassword,
 )
 from services.auth.routes.dependencies import AllServices, CurrentActor, From
 from services.auth.routes.fields import Body, Email, Password, RefreshToken, Username, refusals
@@ -47,8 +48,11 @@ class EmailBody(Body):
     email: Email
 
 
-class TokenBody(Body):
+class VerifyBody(Body):
+    """The token from the message, and the account's password: the one chosen at registration."""
+
     token: EmailTokenField
+    password: Password
 
 
 class ResetBody(Body):
@@ -113,12 +117,14 @@ async def register(body: RegisterBody, services: AllServices, origin: From) -> U
     summary="Prove an e-mail address",
     responses={
         204: {"description": "The address of an account that was there is proven."},
-        **refusals(InvalidRequest, InvalidEmailToken, UsernameTaken),
+        **refusals(InvalidRequest, InvalidEmailToken, WrongPassword, UsernameTaken, PasswordQueueFull),
     },
 )
-async def verify_email(body: TokenBody, services: AllServices, origin: From) -> UserAnswer | Response:
-    """With the token from the message. Where registration waits for it, this makes the account."""
-    account = await services.registration.confirm(body.token, origin)
+async def verify_email(body: VerifyBody, services: AllServices, origin: From) -> UserAnswer | Response:
+    """With the token from the message and the password, so that nobody proves an address for somebody else's account.
+    Where registration waits for it, this makes the account.
+    """
+    account = await services.registration.confirm(body.token, body.password, origin)
     return Response(status_code=204) if account is None else user_answer(account)
 
 
@@ -153,7 +159,9 @@ async def forgot_password(body: EmailBody, services: AllServices, _: AnyCaller) 
     responses=refusals(InvalidRequest, WeakPassword, InvalidEmailToken, PasswordQueueFull),
 )
 async def reset_password(body: ResetBody, services: AllServices, origin: From) -> None:
-    """Ends all sessions. API keys stay as they are."""
+    """Ends all sessions. API keys stay, unless nobody had proven the address before: then somebody else may have made
+    them.
+    """
     await services.registration.reset_password(body.token, new=body.new_password, origin=origin)
 
 

@@ -13,6 +13,7 @@ from services.auth.errors import (
     CsrfFailed,
     InvalidCredentials,
     InvalidRefreshToken,
+    OrganizationNotFound,
     PasswordQueueFull,
     SessionNotFound,
     SignInBlocked,
@@ -54,7 +55,12 @@ class LoginBody(BaseModel):
 
 
 class RefreshBody(Body):
-    refresh_token: RefreshToken
+    """`refresh_token` unless it is in a cookie. `organization_id`: one of the caller's, for which these tokens and all
+    later ones of the session are.
+    """
+
+    refresh_token: RefreshToken | None = None
+    organization_id: UUID | None = None
 
 
 class LogoutBody(Body):
@@ -94,7 +100,11 @@ async def login(
     return cookies.answer(request, response, pair)
 
 
-@router.post("/refresh", summary="Get new tokens", responses=refusals(InvalidRequest, InvalidRefreshToken, CsrfFailed))
+@router.post(
+    "/refresh",
+    summary="Get new tokens",
+    responses=refusals(InvalidRequest, InvalidRefreshToken, CsrfFailed, OrganizationNotFound),
+)
 async def refresh(
     request: Request,
     response: Response,
@@ -104,12 +114,14 @@ async def refresh(
     csrf_token: CsrfToken = "",
 ) -> TokenAnswer | CookieAnswer:
     """Uses the refresh token up, of the body or the cookie. One that comes a second time ends the session, since
-    somebody copied it.
+    somebody copied it. With `organization_id` the session goes on in that organisation: tokens for the one before are
+    over.
     """
-    refresh_token = body.refresh_token if body else request.cookies.get(cookies.names(request).refresh, "")
+    refresh_token = (body and body.refresh_token) or request.cookies.get(cookies.names(request).refresh, "")
     if len(refresh_token) > TOKEN_CHARS_MAX:
         raise InvalidRefreshToken()
-    return cookies.answer(request, response, await services.sessions.refresh(refresh_token, csrf_token))
+    org_id = body.organization_id if body else None
+    return cookies.answer(request, response, await services.sessions.refresh(refresh_token, csrf_token, org_id))
 
 
 @router.post("/logout", status_code=204, summary="Sign out", responses=refusals(Unauthenticated))

@@ -16,13 +16,14 @@ from services.auth.domain import (
     Event,
     Page,
     UserStatus,
+    UserSummary,
     audit_entry,
     merge_limits,
     page_of,
 )
 from services.auth.errors import KeyNotActive, UserNotFound
 from services.auth.repository import audit
-from services.auth.repository.accounts import AccountRepository
+from services.auth.repository.accounts import AccountRepository, page_of_users
 from services.auth.repository.keys import KeyRepository
 from services.auth.repository.sessions import SessionRepository
 from services.auth.service.keys import Keys
@@ -68,6 +69,13 @@ class Admin:
         async with self._sessions() as session:
             lines = await audit.page(session, wanted, before=before, limit=limit + 1)
         return page_of(lines, limit, lambda line: line.id)
+
+    async def users(self, actor: Actor, *, search: str, before: UUID | None, limit: int) -> Page[UserSummary]:
+        """Everybody, newest first; or those whose user name (with an `@`: whose address) begins with `search`."""
+        actor.identity.require_role(*OPERATORS)
+        async with self._sessions() as session:
+            users = await page_of_users(session, search=search, before=before, limit=limit + 1)
+        return page_of(users, limit, lambda user: user.id)
 
     async def revoke_key(self, actor: Actor, key_id: UUID) -> ApiKey:
         """Revoke any organisation's key. Raises KeyNotFound."""

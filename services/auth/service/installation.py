@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import Account, Actor, ApiKey, Origin, Page, UserSummary, audit_entry, page_of
-from services.auth.domain.mails import Purpose
+from services.auth.domain.mails import ISSUED_BY, OPERATOR, Purpose
 from services.auth.domain.organizations import Organization, OrgRole
 from services.auth.errors import OrganizationNotFound, UserNotFound
 from services.auth.repository import audit
@@ -53,10 +53,10 @@ class Installation:
             raise UserNotFound()
         return account
 
-    async def users(self, *, before: UUID | None, limit: int) -> Page[UserSummary]:
-        """Everybody, service accounts too, newest first."""
+    async def users(self, *, search: str, before: UUID | None, limit: int) -> Page[UserSummary]:
+        """Everybody, service accounts too, newest first; or those whose name, or address, begins with `search`."""
         async with self._sessions() as session:
-            rows = await page_of_users(session, before=before, limit=limit + 1)
+            rows = await page_of_users(session, search=search, before=before, limit=limit + 1)
         return page_of(rows, limit, lambda user: user.id)
 
     async def organizations(self, *, before: UUID | None, limit: int) -> Page[Organization]:
@@ -104,7 +104,7 @@ class Installation:
         entry = audit_entry(operator(), "user.password_token_issued", "user", account.user_id, account.org_id)
         async with self._sessions.begin() as session:
             await audit.append(session, entry, self._clock.now())
-        return await self._email.issue(Purpose.RESET, account.email, account, {})
+        return await self._email.issue(Purpose.RESET, account.email, account, {ISSUED_BY: OPERATOR})
 
 
 def _user() -> str:

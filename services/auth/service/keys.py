@@ -24,6 +24,7 @@ from services.auth.domain import (
     check_scopes,
     merge_limits,
     page_of,
+    reach,
 )
 from services.auth.domain.organizations import OrgRole, check_may_manage
 from services.auth.errors import (
@@ -100,8 +101,8 @@ class Keys:
     async def create(self, actor: Actor, draft: KeyDraft) -> NewKey:
         """A new key of the actor's organisation.
 
-        Raises ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest, TooManyKeys; for a service account's also
-        NotAllowedInOrganization, ServiceAccountNotFound.
+        Raises ScopeNotHeld, ModelNotHeld, BeyondOwnKey, LimitAbovePlan, InvalidRequest, TooManyKeys; for a service
+        account's also NotAllowedInOrganization, ServiceAccountNotFound.
         """
         actor.identity.require_scope("keys:write")
         scopes = check_scopes(draft.scopes, actor.identity.scopes)
@@ -112,27 +113,27 @@ class Keys:
             owner_id = await self._owner(session, actor, draft.service_account_id)
             plan = await self._make_room(repository, actor.org_id, now)
             key_id = ids.uuid7()
-            new = self._generate(
-                ApiKey(
-                    id=key_id,
-                    org_id=actor.org_id,
-                    user_id=owner_id,
-                    name=draft.name,
-                    prefix="",
-                    scopes=scopes,
-                    models=models,
-                    overrides=merge_limits({}, draft.limits, plan),
-                    plan_limits=plan,
-                    limit_id=key_id,
-                    version=1,
-                    status=KeyStatus.ACTIVE,
-                    expires_at=draft.expires_at,
-                    created_at=now,
-                    revoked_at=None,
-                    last_used_at=None,
-                    allowed_addresses=draft.allowed_addresses,
-                )
+            record = ApiKey(
+                id=key_id,
+                org_id=actor.org_id,
+                user_id=owner_id,
+                name=draft.name,
+                prefix="",
+                scopes=scopes,
+                models=models,
+                overrides=merge_limits({}, draft.limits, plan),
+                plan_limits=plan,
+                limit_id=key_id,
+                version=1,
+                status=KeyStatus.ACTIVE,
+                expires_at=draft.expires_at,
+                created_at=now,
+                revoked_at=None,
+                last_used_at=None,
+                allowed_addresses=draft.allowed_addresses,
             )
+            maker = await self._maker(session, actor)
+            new = self._generate(reach.within(record, maker, draft.limits) if maker else record)
             await repository.add(new.record, self._peppers.digest(new.secret))
             entry = audit_entry(actor, "key.created", "api_key", key_id, actor.org_id, after=_terms(new.record))
             await audit.append(session, entry, now)
@@ -155,7 +156,7 @@ class Keys:
     async def update(self, actor: Actor, key_id: UUID, change: KeyChange) -> ApiKey:
         """Change name, scopes, models, limits or the addresses it may be used from.
 
-        Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld, LimitAbovePlan, InvalidRequest.
+        Raises KeyNotFound, KeyNotActive, ScopeNotHeld, ModelNotHeld, BeyondOwnKey, LimitAbovePlan, InvalidRequest.
         """
         actor.identity.require_scope("keys:write")
         async with self._sessions.begin() as session:
@@ -174,8 +175,14 @@ class Keys:
             if "allowed_addresses" in change.given:
                 networks = change.allowed_addresses
                 values["allowed_addresses"] = None if networks is None else list(networks)
+            maker = await self._maker(session, actor)  # as it was: it may be changing itself
             events = await repository.change(key_id, **values)
             after = await repository.get(key_id)
+            if maker is not None:
+                if "limits" in change.given:
+                    reach.check_limits(after, maker)
+                if "allowed_addresses" in change.given:
+                    reach.check_addresses(after.allowed_addresses, maker.allowed_addresses)
             entry = audit_entry(
                 actor, "key.updated", "api_key", key_id, after.org_id, before=_terms(before), after=_terms(after)
             )
@@ -207,7 +214,8 @@ class Keys:
 
     async def rotate(self, actor: Actor, key_id: UUID, *, grace_s: int) -> NewKey:
         """A new secret on the same terms and the same limit counters; the old key works for `grace_s` more, never
-        past its own expiry. Raises KeyNotFound, KeyNotActive, NotKeyOwner, ScopeNotHeld, ModelNotHeld, TooManyKeys.
+        past its own expiry. Raises KeyNotFound, KeyNotActive, NotKeyOwner, ScopeNotHeld, ModelNotHeld, BeyondOwnKey,
+        TooManyKeys.
         """
         actor.identity.require_scope("keys:write")
         now = self._clock.now()
@@ -220,6 +228,8 @@ class Keys:
                 await self._require_service_account(session, actor, old.user_id)
             check_scopes(old.scopes, actor.identity.scopes)
             check_models(old.models, actor.identity.models)
+            if maker := await self._maker(session, actor):
+                reach.check_within(old, maker)
             new = self._generate(_successor(old, now))
             await repository.add(new.record, self._peppers.digest(new.secret))
             events = await self._retire(repository, old, now, grace_s)
@@ -238,6 +248,13 @@ class Keys:
             key_ids = await repository.usable_named(actor.user_id, name, self._clock.now())
         for key_id in key_ids:
             await self.revoke(actor, key_id)
+
+    @staticmethod
+    async def _maker(session: AsyncSession, actor: Actor) -> ApiKey | None:
+        """The key that acts; None for a person."""
+        if actor.key_id is None:
+            return None
+        return await KeyRepository(session, tenant=actor.org_id).get(actor.key_id)
 
     @staticmethod
     async def _owner(session: AsyncSession, actor: Actor, service_account_id: UUID | None) -> UUID:

@@ -10,13 +10,14 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from services.auth.domain import Account, Actor, AuditEntry, Origin, RegistrationMode, UserStatus
+from services.auth.domain import Account, Actor, AuditEntry, Event, Origin, RegistrationMode, UserStatus
 from services.auth.domain.fields import check_password
-from services.auth.domain.mails import EmailToken, Order, Purpose
-from services.auth.errors import EmailTaken, InvalidEmailToken, RegistrationClosed, UsernameTaken
+from services.auth.domain.mails import ISSUED_BY, OPERATOR, EmailToken, Order, Purpose
+from services.auth.errors import EmailTaken, InvalidEmailToken, RegistrationClosed, UsernameTaken, WrongPassword
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.email import EmailRepository
+from services.auth.repository.keys import KeyRepository
 from services.auth.repository.sessions import SessionRepository
 from services.auth.service.accounts import Accounts
 from services.auth.service.email import Email, digest
@@ -71,14 +72,26 @@ class Registration:
         account = await self._accounts.profile(actor)
         await self._email.order(Order(Purpose.VERIFY, account.email))
 
-    async def confirm(self, token: str, origin: Origin) -> Account | None:
+    async def confirm(self, token: str, password: str, origin: Origin) -> Account | None:
         """Take a token that proves an address: the account that it makes, or None where it was there.
 
-        Raises InvalidEmailToken for every reason alike, UsernameTaken when somebody took the name meanwhile.
+        Whoever reads the mailbox must be who chose the password, or one proves the address for the other's account.
+        Raises InvalidEmailToken for every reason alike, WrongPassword (the token stays), UsernameTaken when somebody
+        took the name meanwhile, PasswordQueueFull.
         """
         now = self._clock.now()
+        purposes = (Purpose.REGISTER, Purpose.VERIFY)
+        async with self._sessions() as session:
+            found = await EmailRepository(session).find_token(digest(token), purposes, now)
+            account = (
+                await AccountRepository(session).find_first(UUID(found.user_id)) if found and found.user_id else None
+            )
+        if found is None:
+            raise InvalidEmailToken(param="token")
+        chosen = account.password_hash if account else found.payload.get("password_hash")
+        if not (await self._passwords.verify(chosen, password)).correct:
+            raise WrongPassword("password: this is not the one that was chosen for the account.", param="password")
         async with self._sessions.begin() as session:
-            purposes = (Purpose.REGISTER, Purpose.VERIFY)
             proven = await EmailRepository(session).take_token(digest(token), purposes, now)
             if proven is None:
                 raise InvalidEmailToken(param="token")
@@ -94,7 +107,8 @@ class Registration:
         await self._email.order(Order(Purpose.RESET, email))
 
     async def reset_password(self, token: str, *, new: str, origin: Origin) -> None:
-        """Set a password by a token, end all sessions; the address is proven thereby.
+        """Set a password by a token, end all sessions; a token from a mailbox proves its address. Where nobody had
+        before, whoever made the account's keys may have been somebody else: they are revoked.
 
         Raises InvalidEmailToken for every reason alike, InvalidRequest and WeakPassword for the new one,
         PasswordQueueFull.
@@ -110,9 +124,13 @@ class Registration:
             if taken is None or user_id is None or found is None or found[0] is not UserStatus.ACTIVE:
                 raise InvalidEmailToken(param="token")
             await accounts.set_password_hash(user_id, new_hash, now)
-            await accounts.set_email_verified(user_id, taken.address, now)
+            events: list[Event] = []
+            if taken.payload.get(ISSUED_BY) != OPERATOR:
+                if not await accounts.has_verified_email(user_id):
+                    events += await KeyRepository(session, tenant=None, owner=user_id).revoke_all(now)
+                await accounts.set_email_verified(user_id, taken.address, now)
             await emails.remove_tokens_of(user_id)
-            events = await SessionRepository(session).revoke_all(user_id, now, "password_reset")
+            events += await SessionRepository(session).revoke_all(user_id, now, "password_reset")
             await audit.append(session, _by_mail("user.password_reset", user_id, origin), now)
         await self._outbox.deliver(events)
 

@@ -34,7 +34,7 @@ class ServiceAccounts:
     async def create(self, actor: Actor, org_id: UUID, name: str) -> ServiceAccount:
         """Raises OrganizationNotFound, NotAllowedInOrganization, TooManyServiceAccounts."""
         now = self._clock.now()
-        made = ServiceAccount(ids.uuid7(), name, now)
+        made = ServiceAccount(ids.service_account_id(), name, now)
         async with self._sessions.begin() as session:
             await self._require_manager(session, actor, org_id)
             repository = ServiceAccountRepository(session, tenant=org_id)

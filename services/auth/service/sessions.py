@@ -7,14 +7,20 @@ is the thief: the whole session ends, for both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from services.auth.domain import Account, Actor, AuditEntry, Origin, Session, SessionEvent, UserStatus
-from services.auth.errors import InvalidCredentials, InvalidRefreshToken, PasswordQueueFull, SessionNotFound
+from services.auth.errors import (
+    InvalidCredentials,
+    InvalidRefreshToken,
+    OrganizationNotFound,
+    PasswordQueueFull,
+    SessionNotFound,
+)
 from services.auth.repository import audit
 from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.sessions import SessionRepository, StoredToken
@@ -144,15 +150,16 @@ class Sessions:
             events = await repository.revoke(crowded_out, now, "too_many_sessions")
         await self._outbox.deliver(events)
 
-    async def refresh(self, refresh_token: str, csrf_token: str = "") -> TokenPair:
-        """New tokens for a refresh token, which is used up.
+    async def refresh(self, refresh_token: str, csrf_token: str = "", org_id: UUID | None = None) -> TokenPair:
+        """New tokens for a refresh token, which is used up; with `org_id`, for that organisation of theirs from now on.
 
-        Raises InvalidRefreshToken for every reason alike; CsrfFailed for a browser's without its `csrf_token`, before
-        anything is used up.
+        Raises InvalidRefreshToken for every reason alike; CsrfFailed for a browser's without its `csrf_token`, and
+        OrganizationNotFound for one they do not belong to, before anything is used up.
         """
         now = self._clock.now()
         digest = refresh_tokens.digest(refresh_token)
         events: Sequence[SessionEvent] = ()
+        pair: TokenPair | None = None
         async with self._sessions.begin() as session:
             repository = SessionRepository(session)
             stored = await repository.lock_token(digest)
@@ -161,13 +168,30 @@ class Sessions:
             if stored is not None and stored.used_at is not None:
                 events = await self._end_stolen(session, stored, now)
             elif stored is not None and stored.expires_at > now and _is_live(stored.session, now):
-                account = await AccountRepository(session).find(stored.session.user_id, stored.session.org_id)
-                if account is not None and account.status is UserStatus.ACTIVE:
-                    await repository.use_token(digest, stored.session.id, now)
-                    return await self._issue(repository, account, stored.session, now)
+                pair, events = await self._renew(session, stored.session, digest, org_id, now)
         # Raised after the transaction, so that a stolen session's end is committed.
         await self._outbox.deliver(events)
-        raise InvalidRefreshToken()
+        if pair is None:
+            raise InvalidRefreshToken()
+        return pair
+
+    async def _renew(
+        self, session: AsyncSession, signed_in: Session, digest: str, org_id: UUID | None, now: datetime
+    ) -> tuple[TokenPair | None, Sequence[SessionEvent]]:
+        """New tokens; None for who may have none any more. Those of the organisation that a session leaves are over."""
+        repository = SessionRepository(session)
+        account = await AccountRepository(session).find(signed_in.user_id, org_id or signed_in.org_id)
+        if account is None and org_id is not None:
+            raise OrganizationNotFound(param="organization_id")
+        if account is None or account.status is not UserStatus.ACTIVE:
+            return None, ()
+        events: Sequence[SessionEvent] = ()
+        if account.org_id != signed_in.org_id:
+            events = await repository.leave_organization(signed_in.id, now)
+            await repository.enter_organization(signed_in.id, account.org_id)
+            signed_in = replace(signed_in, org_id=account.org_id, version=signed_in.version + 1)
+        await repository.use_token(digest, signed_in.id, now)
+        return await self._issue(repository, account, signed_in, now), events
 
     async def logout(self, identity: Identity, refresh_token: str | None) -> None:
         """End the session of an access token, or that of a refresh token, or both. Ending an ended one is fine.

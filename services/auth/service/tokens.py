@@ -10,6 +10,7 @@ import secrets
 from jose import jwt
 
 from services.auth.domain import Account, Session
+from services.auth.domain.organizations import OrgRole, scopes_within
 from services.auth.errors import CsrfFailed
 from services.auth.service.signing import SigningKeys
 from shared.access_tokens import ALGORITHM, AUDIENCE, ISSUER, TOKEN_TYPE, csrf_digest
@@ -41,7 +42,7 @@ class Tokens:
             "username": account.username,
             "roles": list(account.roles),
             "plan": account.plan,
-            "scope": " ".join(account.scopes),
+            "scope": " ".join(scopes_within(OrgRole(account.org_role), account.scopes)),
             "type": TOKEN_TYPE,
             "iat": now,
             "exp": now + self.access_ttl_s,

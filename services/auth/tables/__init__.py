@@ -13,36 +13,19 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
-    DateTime,
     ForeignKey,
     Identity,
     Index,
-    Integer,
-    LargeBinary,
-    Text,
-    Uuid,
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INET, JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.dialects.postgresql import INET
+from sqlalchemy.orm import Mapped, mapped_column
 
-from shared.database import metadata
+from services.auth.tables.base import NOW, Base
+from services.auth.tables.outside import EmailOutboxRow, EmailTokenRow, ExternalIdentityRow, OidcFlowRow
 
-NOW = text("now()")
-
-
-class Base(DeclarativeBase):
-    metadata = metadata("auth")
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it as a plain class attribute
-        str: Text(),
-        int: Integer(),
-        bytes: LargeBinary(),
-        UUID: Uuid(),
-        datetime: DateTime(timezone=True),
-        list[str]: ARRAY(Text()),
-        dict[str, Any]: JSONB(),
-    }
+__all__ = ["Base", "EmailOutboxRow", "EmailTokenRow", "ExternalIdentityRow", "OidcFlowRow"]
 
 
 class RoleRow(Base):
@@ -98,6 +81,17 @@ class UserRow(Base):
         ),
         Index("uq_user_account_username_lower", func.lower(text("username")), unique=True),
         Index("uq_user_account_email_lower", func.lower(text("email")), unique=True),
+        # In the order of bytes, in which a beginning is a range.
+        Index(
+            "ix_user_account_username_prefix",
+            func.lower(text("username")).label("folded"),
+            postgresql_ops={"folded": "text_pattern_ops"},
+        ),
+        Index(
+            "ix_user_account_email_prefix",
+            func.lower(text("email")).label("folded"),
+            postgresql_ops={"folded": "text_pattern_ops"},
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -298,70 +292,6 @@ class SessionOutboxRow(Base):
     version: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     delivered_at: Mapped[datetime | None]
-
-
-class EmailOutboxRow(Base):
-    """A message to be sent when `due_at` comes; null once that is done. There is no token in it."""
-
-    __tablename__ = "email_outbox"
-    __table_args__ = (
-        CheckConstraint("purpose IN ('register', 'verify', 'reset')", name="purpose"),
-        Index(None, "due_at"),
-        Index("ix_email_outbox_address_lower", func.lower(text("address")), "created_at"),
-        Index(None, "created_at"),
-    )
-
-    id: Mapped[UUID] = mapped_column(primary_key=True)
-    purpose: Mapped[str]
-    address: Mapped[str]
-    payload: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
-    created_at: Mapped[datetime]
-    due_at: Mapped[datetime | None]
-    attempts: Mapped[int] = mapped_column(server_default=text("0"))
-
-
-class EmailTokenRow(Base):
-    """A token that was sent, by its SHA-256; it goes when it is used. A registration's account waits in `payload`."""
-
-    __tablename__ = "email_token"
-    __table_args__ = (
-        CheckConstraint("purpose IN ('register', 'verify', 'reset')", name="purpose"),
-        Index(None, "user_id"),
-        Index(None, "expires_at"),
-    )
-
-    digest: Mapped[str] = mapped_column(primary_key=True)
-    purpose: Mapped[str]
-    address: Mapped[str]
-    user_id: Mapped[UUID | None] = mapped_column(ForeignKey("user_account.id"))
-    payload: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'::jsonb"))
-    expires_at: Mapped[datetime]
-
-
-class ExternalIdentityRow(Base):
-    """A subject of an OpenID provider, and the user that it is here."""
-
-    __tablename__ = "external_identity"
-    __table_args__ = (Index(None, "user_id"),)
-
-    issuer: Mapped[str] = mapped_column(primary_key=True)
-    subject: Mapped[str] = mapped_column(primary_key=True)
-    user_id: Mapped[UUID] = mapped_column(ForeignKey("user_account.id"))
-    created_at: Mapped[datetime]
-
-
-class OidcFlowRow(Base):
-    """A sign-in through a provider that was begun, by the SHA-256 of its state; it goes when it comes back."""
-
-    __tablename__ = "oidc_flow"
-    __table_args__ = (Index(None, "expires_at"),)
-
-    digest: Mapped[str] = mapped_column(primary_key=True)
-    provider: Mapped[str]
-    nonce: Mapped[str]
-    verifier: Mapped[str]
-    return_to: Mapped[str]
-    expires_at: Mapped[datetime]
 
 
 class SigningKeyRow(Base):

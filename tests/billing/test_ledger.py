@@ -22,7 +22,7 @@ from services.billing.errors import (
 from services.billing.ledger.operations import ExpireGrant, ExpireHold, OpenWallet, Operation, Void
 from services.billing.ledger.results import Extended, Granted, Held, Settled, Voided
 from shared.errors import TollgateError
-from shared.ids import uuid7
+from shared.ids import service_account_id, uuid7
 from tests.billing.harness import SIGNUP_NANO, Ledger, grant, heartbeat, ledger_on, place, settle, wait_until
 
 STEPS = 150
@@ -61,6 +61,18 @@ async def test_a_person_gets_signup_credits_once_whatever_wallets_they_open(ledg
     assert sum([(await ledger.wallet(wallet)).granted for wallet in wallets]) == SIGNUP_NANO
     with pytest.raises(InsufficientCredits):
         await ledger.held(uuid4(), 1, user_id=person)
+    await ledger.verified()
+
+
+async def test_a_service_account_is_no_person_who_gets_signup_credits(ledger: Ledger) -> None:
+    """Whoever makes organisations and service accounts by the dozen makes no credits."""
+    opened, held = uuid4(), uuid4()
+    await ledger.writer.submit(OpenWallet(opened, service_account_id()))
+    assert (await ledger.wallet(opened)).granted == 0
+    with pytest.raises(InsufficientCredits):
+        await ledger.held(held, 1, user_id=service_account_id())
+    await ledger.writer.submit(OpenWallet(opened, uuid4()))  # the first person does
+    assert (await ledger.wallet(opened)).granted == SIGNUP_NANO
     await ledger.verified()
 
 

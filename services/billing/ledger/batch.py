@@ -41,6 +41,7 @@ from services.billing.repository.database import Connection
 from services.billing.repository.ledger import FirstLook, Remembered
 from services.billing.repository.ledger_write import write
 from shared.errors import TollgateError
+from shared.ids import is_service_account
 
 SIGNUP_SOURCE = "signup"
 PRICES_MAX = 100_000  # pairs of a model and a customer class that a writer remembers, those without a price too
@@ -246,7 +247,9 @@ class Batch:
 
     def _welcome(self, journal: Journal, book: Book, person: UUID | None) -> None:
         """The sign-up grant, an operation of its own: once a person and once a wallet."""
-        if person is None or self._signup_credits == 0 or book.has_signup or person in self._had_signup:
+        if person is None or is_service_account(person):  # of those anybody makes as many as they like
+            return
+        if self._signup_credits == 0 or book.has_signup or person in self._had_signup:
             return
         signup = GrantCredits(
             wallet_id=book.wallet_id,

@@ -11,6 +11,7 @@ from services.billing.errors import IdempotencyKeyRequired
 from services.billing.service import Alerts, Author, Budgets, History, Invoices, Prices, TopUps, Wallets, Webhooks
 from shared.errors import PermissionDenied
 from shared.identity import Identity
+from shared.ids import is_service_account
 from shared.web import Caller
 
 IDEMPOTENCY_KEY_CHARS_MAX = 255
@@ -87,8 +88,9 @@ async def own_wallet(identity: Annotated[Identity, Depends(reader)]) -> UUID:
 
 
 async def person(identity: Annotated[Identity, Depends(reader)]) -> UUID | None:
-    """The user who asks, or on whose behalf a key does."""
-    return _id(identity.user_id)
+    """The person who asks, or on whose behalf a key does; None for a service account's."""
+    user_id = _id(identity.user_id)
+    return None if user_id is None or is_service_account(user_id) else user_id
 
 
 async def customer_author(

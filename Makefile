@@ -76,6 +76,7 @@ bench-serving: ## Two models: bare engine, its own HTTP server, Triton, the whol
 bench-ledger: ## The ledger's operations a second beside pgbench, CPU, cost by size (a PostgreSQL of its own)
 bench-edge: ## The gateway's CPU a request and a chunk, latency, beside nginx and a bare relay (stores of its own)
 bench-auth: ## Sign-in beside bare argon2, a flood of sign-ins, growth and migrations (PostgreSQL and Valkey of its own)
+bench-leaving: ## From a client's hang-up to a free slot of the engine (a stack of its own)
 bench-%: environments
 	$(BIN)/python -m bench.$*
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import uvicorn
 from grpc import aio
@@ -35,6 +36,10 @@ from tests.conftest import Components, role_url
 
 KEYS = f"k1:{base64.b64encode(b'c' * 32).decode()}"
 CALLER = Identity(kind="key", user_id="user", org_id="org", key_id="key", scopes=("chat", "models"))
+# No deadline for an example: a slow machine is no finding.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
+
 PATIENCE_S = 60.0
 STREAMS = "tollgate_chat_streams"
 PATIENT = {

@@ -80,6 +80,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would name this service's internal address
+        # _Edge has spans and metrics of its own; FastAPI's tell the query, where a sign-in's code and state stand.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.ring = ring
     app.add_exception_handler(TollgateError, _on_tollgate_error)

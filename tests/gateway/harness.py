@@ -63,6 +63,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=1,
+                timeout_keep_alive=600,  # a test on a busy machine may come back late to a connection
             )
         )
 

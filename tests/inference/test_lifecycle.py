@@ -112,8 +112,8 @@ async def test_a_memory_that_fills_up_unloads_the_least_recently_used(
         full = iter([Memory(total=1000, available=149)])
         monkeypatch.setattr(memory, "machine_memory", lambda: next(full, Memory(total=1000, available=150)))
         await service.until("lazy", lambda b: b.state == UNLOADED)
-        states = {name: build.state for name, build in (await service.builds()).items()}
-        assert states == {"frail": READY, "lazy": UNLOADED, "lazier": READY}
+        for name in ("frail", "lazier"):
+            assert (await service.builds())[name].state == READY
 
 
 async def test_an_operator_s_word_outlives_the_service(

@@ -16,6 +16,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,10 @@ def role_url(url: str, role: str) -> str:
 def _stop_abandoned() -> None:
     """Stop the stacks of test sessions that were killed before they could."""
     for state in Path(tempfile.gettempdir()).glob(f"{STATE_PREFIX}*"):
-        owner = state / "owner.pid"
-        if not owner.exists() or state.stat().st_uid != os.geteuid():
-            continue
-        if not processes.is_alive(int(owner.read_text())):
+        with suppress(FileNotFoundError, ValueError):  # another worker was here first, or is just beginning
+            owner = state / "owner.pid"
+            if state.stat().st_uid != os.geteuid() or processes.is_alive(int(owner.read_text())):
+                continue
             for directory in (state, *(path for path in state.iterdir() if path.is_dir())):
                 stop_everything(Layout(ROOT, directory))
             shutil.rmtree(state, ignore_errors=True)

@@ -104,6 +104,11 @@ async def test_no_minute_of_many_holds_more_than_the_quota(gateways: Fleet, dire
         assert certain <= quota
 
 
+async def _has_left(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _has_no_leases(redis: Redis, key: Key) -> bool:
     names = [name async for name in redis.scan_iter(f"{{{key.org_id}}}:leases:*")]
     return not any([await redis.zcard(name) for name in names])
@@ -155,11 +160,12 @@ async def test_clients_that_hang_up_leave_no_place_taken(
     """At any moment: before admission, during it, while the service thinks, while it streams."""
     rng = random.Random(2)
 
-    async def stream(_scope: Any, _receive: Any, send: Any) -> None:
+    async def stream(_scope: Any, receive: Any, send: Any) -> None:
+        left = asyncio.create_task(_has_left(receive))
         if rng.random() < 0.5:
             await asyncio.sleep(rng.random() / 20)
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        while True:
+        while not left.done():
             await send({"type": "http.response.body", "body": b"x" * 100, "more_body": True})
             await asyncio.sleep(0.01)
 

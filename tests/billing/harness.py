@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -25,12 +26,11 @@ from services.billing.app import build
 from services.billing.cli import migrate_urls
 from services.billing.clients import GrpcPeers
 from services.billing.domain import DEFAULT_CLASS, PriceTerms, Usage, WalletView
-from services.billing.errors import LedgerUnavailable
 from services.billing.ledger.operations import GrantCredits, Heartbeat, Operation, PlaceHold, Settle
 from services.billing.ledger.results import Held, Result
 from services.billing.ledger.shards import ShardLimits, Shards
 from services.billing.ledger.writer import WriterLimits
-from services.billing.repository import history
+from services.billing.repository import history, leadership
 from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.repository.leadership import shard_of
 from services.billing.repository.verification import Report, verify
@@ -99,7 +99,8 @@ class Ledger:
 
     @asynccontextmanager
     async def stalled(self, org_id: UUID) -> AsyncIterator[None]:
-        """Nobody's transaction for this wallet's shard gets past its first look."""
+        """Nobody's transaction for this wallet's shard gets past its first look. Neither could a new leader begin."""
+        await has_its_share(self.writer, self.owner_url)
         async with self.pool.acquire() as connection, connection.transaction():
             shard = shard_of(org_id, SHARDS)
             await connection.execute("SELECT FROM billing.shard WHERE id = $1 FOR UPDATE", shard)
@@ -211,7 +212,7 @@ async def ledger_on(
         stack.push_async_callback(server.stop, 0)
         await stack.enter_async_context(kept_running(writer.run))
         sweeper = Sweeper(database, EveryShard(writer), metrics, interval_s=0.05, batch_max=100, hold_grace_s=0)
-        await wait_until(lambda: ready(writer), "a leader for every shard")
+        await has_its_share(writer, owner_url)
         yield Ledger(url, owner_url, database, writer, prices, sweeper, metrics)
 
 
@@ -233,12 +234,22 @@ class EveryShard:
         return await self.writer.submit(operation)
 
 
-async def ready(writer: Shards) -> bool:
+async def has_its_share(writer: Shards, owner_url: str) -> None:
+    """Wait until this process counts and the shards are evenly led: none moves in the middle of a test."""
+    connection = await asyncpg.connect(dsn(role_url(owner_url, ROLE)))
+
+    async def even() -> bool:
+        if not writer._wanted:
+            return False
+        part = -(-SHARDS // await leadership.members(connection))
+        led = Counter((await leadership.leaders(connection)).values())
+        taken = await leadership.taken(connection)
+        return led.total() == len(taken) == SHARDS and max(led.values()) <= part
+
     try:
-        await writer.check()
-    except LedgerUnavailable:
-        return False
-    return True
+        await wait_until(even, "an even share of the shards")
+    finally:
+        await connection.close()
 
 
 @asynccontextmanager
@@ -281,12 +292,14 @@ async def running(owner_url: str, **changes: Any) -> AsyncIterator[App]:
         await service.grpc.start()
         stack.push_async_callback(service.grpc.stop, 0)
         tasks = dict(service.tasks)
-        await stack.enter_async_context(kept_running(tasks.pop("ledger")))
+        run: Any = tasks.pop("ledger")
+        await stack.enter_async_context(kept_running(run))
 
         async def leads() -> bool:
             return (await readiness.report())[0]
 
         await wait_until(leads, "the ledger's start")
+        await has_its_share(run.__self__, owner_url)
         transport = httpx.ASGITransport(app=service.http[0].app)
         http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://billing"))
         yield App(f"127.0.0.1:{port}", http, tasks)

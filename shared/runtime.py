@@ -35,6 +35,7 @@ log = get_logger(__name__)
 KEEP_ALIVE_S = 75
 RESTART_BACKOFF_S = (0.2, 1.0, 5.0, 15.0)
 CONNECTIONS_MAX = 10_000
+CANCEL_AGAIN_S = 2.0
 
 
 class ServiceSettings(BaseSettings):
@@ -136,9 +137,18 @@ async def _drain(
     await asyncio.gather(*serving, return_exceptions=True)
     if service.grpc is not None:
         await service.grpc.stop(grace=timeout_s)
+    await _end(set(tasks), timeout_s)
+
+
+async def _end(tasks: set[asyncio.Task[None]], timeout_s: float) -> None:
+    """Cancel them until they have ended: what waits in somebody's library may miss a cancellation and wait on."""
+    deadline_s = time.monotonic() + timeout_s
+    while tasks and time.monotonic() < deadline_s:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
     for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        log.error("task_did_not_end", task=task.get_name())
 
 
 class _Server(uvicorn.Server):

@@ -1,7 +1,7 @@
 """A minimal service, run as a process by test_runtime.py."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 from shared.clock import SystemClock
 from shared.identity import IdentityRing
@@ -34,7 +34,14 @@ async def build(settings: Settings, stack: AsyncExitStack, readiness: Readiness)
         log.info("task_running")
         await asyncio.Event().wait()
 
-    return Service(http=[HttpServer(app, settings.test_http_listen)], tasks={"stubborn": task})
+    async def deaf() -> None:
+        """Misses a cancellation, as a wait in a library may."""
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        log.info("cancellation_missed")
+        await asyncio.Event().wait()
+
+    return Service(http=[HttpServer(app, settings.test_http_listen)], tasks={"stubborn": task, "deaf": deaf})
 
 
 if __name__ == "__main__":

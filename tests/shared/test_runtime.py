@@ -62,6 +62,7 @@ async def test_on_sigterm_a_request_in_flight_is_answered_and_resources_close(se
         await service.wait_for("slow_begun")
         service.process.send_signal(signal.SIGTERM)
         assert (await request).json() == {"finished": True}
+    await service.wait_for("cancellation_missed")  # and the task is ended all the same
     await service.wait_for("resource_closed")
     await service.wait_for("stopped")
     async with asyncio.timeout(DEADLINE_S):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import time
 import tracemalloc
 from collections import Counter
 
@@ -22,6 +23,7 @@ from tests.conftest import Components
 from tests.gateway.harness import PEPPERS, Directory, Gateway
 
 PER_MINUTE, ADDRESSES, REMEMBERED_MAX = 5, 200, 500
+WARM_UP = 4_000
 LOOKUPS = "tollgate_gateway_key_lookups_total"
 
 
@@ -75,8 +77,8 @@ async def test_keys_that_nobody_was_given_cost_bounded_reads_and_memory(
             answers: Counter[type[Exception]] = Counter()
             numbers = itertools.count()
 
-            async def attack() -> None:
-                while (number := next(numbers)) < count:
+            async def attack(until: int) -> None:
+                while (number := next(numbers)) < until:
                     key = apikeys.generate()
                     if number % 2:
                         key = key[:-1] + ("0" if key[-1] != "0" else "1")
@@ -85,17 +87,19 @@ async def test_keys_that_nobody_was_given_cost_bounded_reads_and_memory(
                     except (Unauthenticated, RateLimited) as e:
                         answers[type(e)] += 1
 
-            await asyncio.gather(*(attack() for _ in range(20)))  # what there is once for all is there
+            began = time.monotonic()
+            await asyncio.gather(*(attack(WARM_UP) for _ in range(20)))  # what there is once for all is there
             tracemalloc.start()
             numbers = itertools.count()
-            await asyncio.gather(*(attack() for _ in range(20)))
+            await asyncio.gather(*(attack(count) for _ in range(20)))
             grown, _ = tracemalloc.get_traced_memory()
             tracemalloc.stop()
     read = registry.get_sample_value(LOOKUPS, {"source": "postgres"}) or 0
     junk = registry.get_sample_value(LOOKUPS, {"source": "junk"})
-    minutes = 1 + count // 100_000  # generous: so many minutes may have gone by
-    assert junk == count
+    minutes = (time.monotonic() - began) / 60
+    print(f"{count} keys in {minutes:.1f} minutes: {read:.0f} reads, {grown // 1024} KB more, {dict(answers)}")
+    assert junk == (WARM_UP + count) / 2
     assert 0 < read <= ADDRESSES * PER_MINUTE * (2 + minutes)
-    assert answers.total() == 2 * count
-    assert answers[RateLimited] > count // 4
+    assert answers.total() == WARM_UP + count
+    assert answers[RateLimited] + read >= (WARM_UP + count) / 2
     assert grown < 5_000_000

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from deploy.local import processes
 from deploy.local.errors import LaunchError
@@ -19,6 +20,8 @@ from deploy.local.supervisor import base_environment
 COMMAND_TIMEOUT_S = 120.0
 DEMO_USER = "demo"
 ADMIN_USER = "admin"
+# An administrator's scripts are not customers: ten times what a key may by default.
+ADMIN_LIMITS = {"minute": 600, "hour": 10_000, "day": 100_000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Seed:
             return kept
         keys = Keys(
             api_key=self._bootstrap(DEMO_USER, "user", "demo_password"),
-            admin_token=self._bootstrap(ADMIN_USER, "admin", "admin_password"),
+            admin_token=self._bootstrap(ADMIN_USER, "admin", "admin_password", ADMIN_LIMITS),
         )
         write_private(self._keys, json.dumps({"api_key": keys.api_key, "admin_token": keys.admin_token}))
         return keys
@@ -86,10 +89,11 @@ class Seed:
         """The keys of an earlier start, if there was one."""
         return Keys(**json.loads(self._keys.read_text())) if self._keys.exists() else None
 
-    def _bootstrap(self, user: str, role: str, password: str) -> str:
+    def _bootstrap(self, user: str, role: str, password: str, limits: Mapping[str, int] = MappingProxyType({})) -> str:
         output = self._service(
             *("auth", "bootstrap", "--username", user, "--email", f"{user}@example.com"),
             *("--role", role, "--key-name", user),
+            *(f"--limit={name}={number}" for name, number in limits.items()),
             extra={"TOLLGATE_BOOTSTRAP_PASSWORD": self._services.secrets[password]},
         )
         try:

@@ -140,7 +140,7 @@ async def compose(
     oidc_clients = await _oidc_clients(settings, stack, clock)
     batch_max = settings.auth_prune_batch_max
     email = _email(settings, sessions_of, clock, metrics)
-    mode = settings.auth_registration
+    mode, admin = settings.auth_registration, Admin(sessions_of, keys_of, outbox, clock)
     return Services(
         clock=clock,
         access=Access(sessions_of, clock),
@@ -156,8 +156,8 @@ async def compose(
         installation=Installation(sessions_of, email, outbox, clock),
         revocations=Revocations(sessions_of, peppers, outbox, clock, metrics),
         organizations=_organizations(settings, sessions_of, outbox, clock),
-        admin=Admin(sessions_of, keys_of, outbox, clock),
-        bootstrap=Bootstrap(sessions_of, accounts, keys_of, outbox, clock),
+        admin=admin,
+        bootstrap=Bootstrap(sessions_of, accounts, keys_of, admin, outbox, clock),
         outbox=outbox,
         service_accounts=ServiceAccounts(
             sessions_of, outbox, clock, per_org_max=settings.auth_service_accounts_per_org_max

@@ -48,7 +48,12 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
 
     inference = Caller(settings.inference_grpc, ring, service="chat")
     stack.push_async_callback(inference.close)
-    catalogue = CatalogueClient(inference)
+    breakers = Breakers(
+        failures_max=settings.chat_breaker_failures_max,
+        pause_s=settings.chat_breaker_pause_ms / 1000,
+        now_s=clock.monotonic_s,
+    )
+    catalogue = CatalogueClient(inference, on_return=breakers.forget)
 
     billing = Caller(settings.billing_grpc, ring, service="chat")
     stack.push_async_callback(billing.close)
@@ -63,11 +68,6 @@ async def build(settings: ChatSettings, stack: AsyncExitStack, readiness: Readin
     )
     await stack.enter_async_context(link)
     treasury = Treasury(metering, TokenLimiter(link, clock, processes=settings.chat_processes), triton, limits)
-    breakers = Breakers(
-        failures_max=settings.chat_breaker_failures_max,
-        pause_s=settings.chat_breaker_pause_ms / 1000,
-        now_s=clock.monotonic_s,
-    )
     service = ChatService(
         catalogue=catalogue,
         flags=flags,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from services.chat.domain.catalogue import Build, BuildState, Catalogue, Model
 from services.chat.errors import catalogue_unknown
@@ -20,10 +21,13 @@ _STATES = {
 
 
 class CatalogueClient:
-    """`models` never waits: it is what the last `refresh` brought."""
+    """`models` never waits: it is what the last `refresh` brought. `on_return` hears the name of each build that is
+    ready after it was not.
+    """
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, on_return: Callable[[str], None]) -> None:
         self._caller = caller
+        self._on_return = on_return
         self._stub = CatalogueStub(caller.channel)
         self._last: Catalogue | None = None
         self._unready_s: dict[str, float] = {}
@@ -38,16 +42,23 @@ class CatalogueClient:
     @property
     def is_settled(self) -> bool:
         """Whether every build that is known is ready or not there on purpose, and some are ready."""
-        builds = [b for m in self._last.models.values() for b in m.builds.values()] if self._last is not None else []
+        builds = self._builds()
         at_rest = (BuildState.READY, BuildState.UNLOADED)
         return any(b.is_ready for b in builds) and all(b.state in at_rest for b in builds)
+
+    def _builds(self) -> list[Build]:
+        return [b for m in self._last.models.values() for b in m.builds.values()] if self._last is not None else []
 
     async def refresh(self) -> None:
         """Ask inference. Raises TollgateError and keeps what was there."""
         reply = await self._caller.call(self._stub.List, pb.ListRequest(), timeout_s=LIST_TIMEOUT_S)
+        before = {b.name for b in self._builds() if not b.is_ready}
         self._last = Catalogue({m.alias: _model(m) for m in reply.models}, reply.revision)
         now_s = time.monotonic()
-        builds = [b for m in self._last.models.values() for b in m.builds.values()]
+        builds = self._builds()
+        for build in builds:
+            if build.is_ready and build.name in before:
+                self._on_return(build.name)
         self._unready_s = {b.name: self._unready_s.get(b.name, float("-inf")) for b in builds}
         self._unready_s.update((b.name, now_s) for b in builds if not b.is_ready)
 

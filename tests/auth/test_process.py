@@ -153,6 +153,21 @@ async def test_bootstrap_prints_a_fresh_key_each_time_and_revokes_the_one_before
     assert (promoted["roles"], promoted["scopes"]) == (["operator", "user"], ["admin"])
 
 
+async def test_bootstrap_gives_a_key_limits_of_its_own_above_its_plans(migrated: dict[str, str]) -> None:
+    plain = await view_row(migrated, bootstrap(migrated, "plain.script")["key"])
+    made = bootstrap(migrated, "busy.script", "--limit", "minute=600", "--limit=hour=10000")
+    row = await view_row(migrated, made["key"])
+    assert json.loads(row["limits"]) == {**json.loads(plain["limits"]), "minute": 600, "hour": 10_000}
+
+
+@pytest.mark.parametrize("limit", ["minute", "minute=", "minute=0", "minute=1e3", "minute=9999999", "week=1", "=5"])
+def test_bootstrap_refuses_a_limit_that_is_none(migrated: dict[str, str], limit: str) -> None:
+    options = ("--username", "nobody", "--email", "nobody@example.com", "--key-name", "k", "--limit", limit)
+    bad = command(migrated, "bootstrap", *options)
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert "such as minute=600" in bad.stderr
+
+
 def test_bootstrap_refuses_what_registration_refuses(migrated: dict[str, str]) -> None:
     weak = command(
         {**migrated, "TOLLGATE_BOOTSTRAP_PASSWORD": "password"},

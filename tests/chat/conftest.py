@@ -176,7 +176,8 @@ async def surroundings(components: Components) -> AsyncIterator[Surroundings]:
 
 
 @contextlib.asynccontextmanager
-async def _running(around: Surroundings, limits: dict[str, int]) -> AsyncIterator[Chat]:
+async def run_chat(around: Surroundings, limits: dict[str, int]) -> AsyncIterator[Chat]:
+    """A chat service of these limits over the doubles."""
     settings = ChatSettings.model_validate({**around.settings, **limits})
     async with AsyncExitStack() as stack:
         service = await build(settings, stack, Readiness())
@@ -199,7 +200,7 @@ async def _running(around: Surroundings, limits: dict[str, int]) -> AsyncIterato
 
 @pytest.fixture(scope="session")
 async def running(surroundings: Surroundings) -> AsyncIterator[Chat]:
-    async with _running(surroundings, PATIENT) as chat:
+    async with run_chat(surroundings, PATIENT) as chat:
         yield chat
 
 
@@ -207,7 +208,7 @@ async def running(surroundings: Surroundings) -> AsyncIterator[Chat]:
 async def running_hasty(surroundings: Surroundings) -> AsyncIterator[Chat]:
     surroundings.engine.reset()
     surroundings.ledger.reset()
-    async with _running(surroundings, HASTY) as chat:
+    async with run_chat(surroundings, HASTY) as chat:
         yield chat
 
 

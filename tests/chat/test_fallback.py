@@ -1,9 +1,11 @@
 """A build that fails before its first token is replaced by the next; one that keeps failing is left alone."""
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from services.chat.domain.breaker import Breakers
-from tests.chat.conftest import Chat
+from tests.chat.conftest import PATIENT, Chat, Surroundings, run_chat, until
 from tests.chat.doubles import EngineError, chunk
 from tests.chat.test_failures import failing
 
@@ -72,3 +74,47 @@ def test_a_success_in_between_begins_the_count_anew() -> None:
         tested.failed("a")
         tested.succeeded("a")
     assert tested.admits("a")
+
+
+def test_a_build_that_was_loaded_anew_begins_without_failures() -> None:
+    tested = breakers(Clock())
+    for name in ("a", "b"):
+        tested.failed(name)
+        tested.failed(name)
+    tested.forget("a")
+    assert (tested.admits("a"), tested.admits("b")) == (True, False)
+
+
+@pytest.fixture
+async def sensitive(surroundings: Surroundings) -> AsyncIterator[Chat]:
+    """One failure, and a build is left alone for longer than any test."""
+    surroundings.engine.reset()
+    async with run_chat(surroundings, {**PATIENT, "chat_breaker_failures_max": 1, "chat_breaker_pause_ms": 10**9}) as c:
+        yield c
+        surroundings.catalogue.lost.clear()
+
+
+async def test_a_replaced_build_answers_at_once(sensitive: Chat) -> None:
+    chat, builds = sensitive, {"small-a", "small-b"}
+
+    async def states() -> set[str]:
+        async with chat.client() as client:
+            listed = (await client.get("/v1/models/small")).json()["builds"]
+        return {b["state"] for b in listed}
+
+    async def are_gone() -> bool:
+        return "ready" not in await states()
+
+    async def are_back() -> bool:
+        return await states() == {"ready"}
+
+    chat.engine.by_build = dict.fromkeys(builds, failing(EngineError("engine_error")))
+    assert (await chat.complete()).status_code == 502
+    chat.engine.reset()
+    refused = await chat.complete()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+    chat.catalogue.lost |= builds
+    await until(are_gone)
+    chat.catalogue.lost.clear()
+    await until(are_back)
+    assert (await chat.complete()).status_code == 200

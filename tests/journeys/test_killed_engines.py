@@ -113,6 +113,7 @@ async def test_every_stream_ends_and_every_wallet_adds_up(
     streams, _ = await killed_under(stack, customers, killed, begun=3, max_tokens=300)
     assert any(stream.end != "done" for stream in streams), "nothing was under way"
     stack.wait_healthy()
+    until(lambda: customers[0].user.ask().status_code == 200, what="chat is served again")
     check_books(stack, customers)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from services.auth.app import build, compose
 from services.auth.cli import operator
 from services.auth.cli.roles import DEFAULT_SCOPES, Role
-from services.auth.domain.fields import valid_email, valid_key_name, valid_username
+from services.auth.domain.fields import valid_email, valid_key_name, valid_limit, valid_username
 from services.auth.grants import GATEWAY_GRANTS, SERVICE_GRANTS
 from services.auth.service.bootstrap import Bootstrapped
 from services.auth.settings import AuthSettings, BootstrapSettings, MigrationSettings
@@ -69,6 +69,9 @@ def bootstrap(
     key_name: Annotated[str, typer.Option()],
     role: Annotated[Role, typer.Option()] = Role.user,
     scopes: Annotated[str, typer.Option(help="Comma separated; by default what the role usually needs.")] = "",
+    limits: Annotated[
+        list[str] | None, typer.Option("--limit", help="The key's own, as minute=600; repeat. Else the plan's.")
+    ] = None,
 ) -> None:
     """Make a user and an API key, and print them as one JSON line: the only time that the key is shown.
 
@@ -80,7 +83,8 @@ def bootstrap(
     wanted = [scope for scope in scopes.split(",") if scope] or DEFAULT_SCOPES[role]
     try:
         username, email, key_name = valid_username(username), valid_email(email), valid_key_name(key_name)
-        made = asyncio.run(_bootstrap(settings, username, email, role, key_name, wanted))
+        own = dict(valid_limit(limit) for limit in limits or ())
+        made = asyncio.run(_bootstrap(settings, username, email, role, key_name, wanted, own))
     except (TollgateError, ValueError) as e:
         typer.echo(f"bootstrap: {e.message if isinstance(e, TollgateError) else e}", err=True)
         raise typer.Exit(1) from None
@@ -97,7 +101,13 @@ def bootstrap(
 
 
 async def _bootstrap(
-    settings: BootstrapSettings, username: str, email: str, role: Role, key_name: str, scopes: Sequence[str]
+    settings: BootstrapSettings,
+    username: str,
+    email: str,
+    role: Role,
+    key_name: str,
+    scopes: Sequence[str],
+    limits: Mapping[str, int],
 ) -> Bootstrapped:
     async with AsyncExitStack() as stack:
         services = await compose(settings, stack, Readiness(), clock=SystemClock(), registry=CollectorRegistry())
@@ -108,4 +118,5 @@ async def _bootstrap(
             role=role,
             key_name=key_name,
             scopes=scopes,
+            limits=limits,
         )

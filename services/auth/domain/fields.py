@@ -8,6 +8,7 @@ from ipaddress import ip_network
 
 from email_validator import EmailNotValidError, validate_email
 
+from services.auth.domain import LIMIT_MAX
 from services.auth.errors import WeakPassword
 from shared.errors import InvalidRequest
 
@@ -58,6 +59,15 @@ def valid_model(value: str) -> str:
     if not _MODEL.fullmatch(value):
         raise ValueError("a model's name has 1 to 128 letters, digits, or . _ : / -")
     return value
+
+
+def valid_limit(value: str) -> tuple[str, int]:
+    """A limit of a key as the command line has it, `minute=600`: its name and its number; or ValueError."""
+    name, _, number = value.partition("=")
+    most = LIMIT_MAX.get(name)
+    if most is None or not number.isascii() or not number.isdigit() or not 1 <= int(number) <= most:
+        raise ValueError(f"a limit is NAME=NUMBER, such as minute=600; names are {', '.join(LIMIT_MAX)}.")
+    return name, int(number)
 
 
 def valid_network(value: str) -> str:

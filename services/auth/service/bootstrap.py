@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
-from services.auth.domain import Account, Actor, AuditEntry, Origin
+from services.auth.domain import OPERATORS, Account, Actor, AuditEntry, Origin
 from services.auth.domain.organizations import OrgRole
 from services.auth.errors import UserNotFound
 from services.auth.repository import audit
@@ -16,6 +17,7 @@ from services.auth.repository.accounts import AccountRepository
 from services.auth.repository.keys import KeyRepository
 from services.auth.repository.sessions import SessionRepository
 from services.auth.service.accounts import Accounts
+from services.auth.service.admin import Admin
 from services.auth.service.keys import KeyDraft, Keys
 from services.auth.service.outbox import Outbox
 from shared.clock import Clock
@@ -41,29 +43,44 @@ class Bootstrap:
         sessions: async_sessionmaker[AsyncSession],
         accounts: Accounts,
         keys: Keys,
+        admin: Admin,
         outbox: Outbox,
         clock: Clock,
     ) -> None:
         self._sessions = sessions
         self._accounts = accounts
         self._keys = keys
+        self._admin = admin
         self._outbox = outbox
         self._clock = clock
 
     async def run(
-        self, *, username: str, email: str, password: str, role: str, key_name: str, scopes: Sequence[str]
+        self,
+        *,
+        username: str,
+        email: str,
+        password: str,
+        role: str,
+        key_name: str,
+        scopes: Sequence[str],
+        limits: Mapping[str, int] = MappingProxyType({}),
     ) -> Bootstrapped:
-        """The user, the role, and a new key; an earlier key of that name is revoked.
+        """The user, the role, and a new key; an earlier key of that name is revoked. `limits` are the key's own, also
+        above its plan's.
 
         Raises what registration and key creation raise.
         """
         account = await self._find_or_register(username, email, password)
         await self._ensure_role(account, role)
-        # Whoever runs this holds the database's secrets; the key may have any scope.
-        identity = Identity("user", user_id=str(account.user_id), org_id=str(account.org_id), scopes=("*",))
+        # Whoever runs this holds the database's secrets; the key may have any scope and limit.
+        identity = Identity(
+            "user", user_id=str(account.user_id), org_id=str(account.org_id), scopes=("*",), roles=OPERATORS
+        )
         actor = Actor(identity, ORIGIN, OrgRole.OWNER)
         await self._keys.revoke_named(actor, key_name)
         new = await self._keys.create(actor, KeyDraft(name=key_name, scopes=tuple(scopes)))
+        if limits:
+            await self._admin.set_key_limits(actor, new.record.id, limits)
         return Bootstrapped(account.user_id, account.org_id, new.record.id, new.secret)
 
     async def _find_or_register(self, username: str, email: str, password: str) -> Account:

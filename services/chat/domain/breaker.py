@@ -1,4 +1,4 @@
-"""A circuit breaker for each build: one that keeps failing is left alone for a while.
+"""A circuit breaker for each build: one that keeps failing is left alone for a while, or until it was loaded anew.
 
 closed ── `failures_max` failures in a row ──► open ── `pause_s` ──► one trial ── success ──► closed
                                                  ▲                       └── failure ──┘
@@ -35,6 +35,10 @@ class Breakers:
         state = self._states.get(name)
         if state is not None and state.failures >= self._failures_max:
             state.closed_at_s = self._now_s() + self._pause_s
+
+    def forget(self, name: str) -> None:
+        """It is another process now: what the one before failed at says nothing of it."""
+        self._states.pop(name, None)
 
     def succeeded(self, name: str) -> None:
         self._states.pop(name, None)

@@ -165,12 +165,13 @@ class ChatService:
         for build in chain:
             self._breakers.trying(build.name)
             work.watch.build = work.terms.hold.build = build.name
+            lost = self._loss_of(build)
             try:
                 async with aclosing(self._by(build, work)) as events:
                     async for event in events:
                         yield event
             except TollgateError as e:
-                if is_engine_fault(e):
+                if is_engine_fault(e) and not lost():  # one that was loaded anew since begins without failures
                     self._breakers.failed(build.name)
                 if work.began or build is chain[-1] or not may_fall_back(e):
                     raise

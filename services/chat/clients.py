@@ -30,7 +30,7 @@ class CatalogueClient:
         self._on_return = on_return
         self._stub = CatalogueStub(caller.channel)
         self._last: Catalogue | None = None
-        self._unready_s: dict[str, float] = {}
+        self._lost_s: dict[str, float] = {}
 
     @property
     def last(self) -> Catalogue:
@@ -52,15 +52,18 @@ class CatalogueClient:
     async def refresh(self) -> None:
         """Ask inference. Raises TollgateError and keeps what was there."""
         reply = await self._caller.call(self._stub.List, pb.ListRequest(), timeout_s=LIST_TIMEOUT_S)
-        before = {b.name for b in self._builds() if not b.is_ready}
+        before = {b.name: b for b in self._builds()}
         self._last = Catalogue({m.alias: _model(m) for m in reply.models}, reply.revision)
         now_s = time.monotonic()
         builds = self._builds()
+        self._lost_s = {b.name: self._lost_s.get(b.name, float("-inf")) for b in builds}
         for build in builds:
-            if build.is_ready and build.name in before:
+            known = before.get(build.name)
+            is_replaced = known is not None and build.lost_at_ms > known.lost_at_ms
+            if is_replaced or build.state is BuildState.UNAVAILABLE:
+                self._lost_s[build.name] = now_s
+            if build.is_ready and known is not None and (is_replaced or not known.is_ready):
                 self._on_return(build.name)
-        self._unready_s = {b.name: self._unready_s.get(b.name, float("-inf")) for b in builds}
-        self._unready_s.update((b.name, now_s) for b in builds if not b.is_ready)
 
     async def load(self, build: str, wait_s: float) -> None:
         """Have an on-demand build loaded; returns when it is, or at the latest after `wait_s`. Raises TollgateError."""
@@ -69,8 +72,11 @@ class CatalogueClient:
         await self.refresh()
 
     def was_lost(self, build: str, since_s: float) -> bool:
-        """Whether a build was not ready at a refresh after `since_s` (time.monotonic), or is not listed any more."""
-        return self._unready_s.get(build, float("inf")) > since_s
+        """Whether a refresh after `since_s` (time.monotonic) brought that a build had failed, or is gone.
+
+        Also one that was replaced between two refreshes; not one that is reloaded or unloaded: that ends its streams.
+        """
+        return self._lost_s.get(build, float("inf")) > since_s
 
 
 def _model(message: pb.Model) -> Model:
@@ -96,4 +102,5 @@ def _build(message: pb.Build) -> Build:
         state=_STATES.get(message.state, BuildState.UNAVAILABLE),
         parameters=message.parameters,
         on_demand=message.on_demand,
+        lost_at_ms=message.lost_at_ms,
     )

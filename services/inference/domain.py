@@ -88,11 +88,14 @@ class Wanted(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BuildStatus:
-    """`reason` says in one sentence why a build is not ready."""
+    """`reason` says in one sentence why a build is not ready; `lost_at` when it last failed while it was serving: what
+    was under way then is gone, even when it is ready again before anybody looked.
+    """
 
     state: BuildState
     reason: str
     since: datetime
+    lost_at: datetime | None = None
 
 
 def parse_catalogue(text: str) -> Catalogue:

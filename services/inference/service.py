@@ -118,13 +118,19 @@ class Models:
         self._revision += 1
         return True
 
-    def mark(self, build: str, state: BuildState, reason: str = "") -> None:
-        """Record a build's state; the revision grows when that is news."""
+    def mark(self, build: str, state: BuildState, reason: str = "", *, drains: bool = False) -> None:
+        """Record a build's state; the revision grows when that is news. `drains`: what is under way ends well."""
         before = self._statuses.get(build)
         if before is None or (before.state, before.reason) == (state, reason):
             return
-        since = self._clock.now() if before.state is not state else before.since
-        self._statuses[build] = BuildStatus(state, reason, since)
+        now = self._clock.now()
+        is_lost = before.state is BuildState.READY and not drains
+        self._statuses[build] = BuildStatus(
+            state,
+            reason,
+            since=now if before.state is not state else before.since,
+            lost_at=now if is_lost else before.lost_at,
+        )
         self._revision += 1
         self._news.set()
         self._news = asyncio.Event()
@@ -191,7 +197,7 @@ class Models:
         """
         self._touch(build)
         await self._load(build)
-        self.mark(build.name, BuildState.LOADING, "It has just been reloaded.")
+        self.mark(build.name, BuildState.LOADING, "It has just been reloaded.", drains=True)
         self._wake[build.name].set()
 
     async def tend(self, build: Build) -> None:
@@ -287,7 +293,7 @@ class Models:
             await self.drop(build.name)
         by_operator = self._desired.of(build.name).wanted is Wanted.UNLOADED
         reason = "An operator has unloaded it." if by_operator else "It is loaded when somebody asks for it."
-        self.mark(build.name, BuildState.UNLOADED, reason)
+        self.mark(build.name, BuildState.UNLOADED, reason, drains=True)
 
     # -- room -----------------------------------------------------------------------------------------------------
 

@@ -91,4 +91,5 @@ class CatalogueServicer(inference_pb2_grpc.CatalogueServicer):
             reason=status.reason,
             parameters=build.parameters,
             on_demand=build.on_demand,
+            lost_at_ms=int(status.lost_at.timestamp() * 1000) if status.lost_at is not None else 0,
         )

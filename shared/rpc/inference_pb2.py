@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashared/rpc/inference.proto\x12\x15tollgate.inference.v1\"\r\n\x0bListRequest\"/\n\rEnsureRequest\x12\r\n\x05\x62uild\x18\x01 \x01(\t\x12\x0f\n\x07wait_ms\x18\x02 \x01(\x05\"_\n\x0e\x43ontrolRequest\x12\r\n\x05\x62uild\x18\x01 \x01(\t\x12-\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x1d.tollgate.inference.v1.Action\x12\x0f\n\x07version\x18\x03 \x01(\t\"K\n\tListReply\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.tollgate.inference.v1.Model\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x8e\x01\n\x05Model\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x14\n\x0cstable_build\x18\x04 \x01(\t\x12,\n\x06\x62uilds\x18\x05 \x03(\x0b\x32\x1c.tollgate.inference.v1.Build\x12\x0c\n\x04kind\x18\x06 \x01(\t\"\x90\x02\n\x05\x42uild\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0ctriton_model\x18\x02 \x01(\t\x12\x16\n\x0etriton_version\x18\x03 \x01(\t\x12\x15\n\rtriton_target\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\x03\x12\r\n\x05slots\x18\x08 \x01(\x05\x12\x30\n\x05state\x18\t \x01(\x0e\x32!.tollgate.inference.v1.BuildState\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x12\n\nparameters\x18\x0b \x01(\x03\x12\x11\n\ton_demand\x18\x0c \x01(\x08*x\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43TION_LOAD\x10\x01\x12\x11\n\rACTION_UNLOAD\x10\x02\x12\x0f\n\x0b\x41\x43TION_AUTO\x10\x03\x12\x11\n\rACTION_RELOAD\x10\x04\x12\x0e\n\nACTION_PIN\x10\x05*\x90\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UILD_STATE_READY\x10\x01\x12\x17\n\x13\x42UILD_STATE_LOADING\x10\x02\x12\x1b\n\x17\x42UILD_STATE_UNAVAILABLE\x10\x03\x12\x18\n\x14\x42UILD_STATE_UNLOADED\x10\x04\x32\xf7\x01\n\tCatalogue\x12L\n\x04List\x12\".tollgate.inference.v1.ListRequest\x1a .tollgate.inference.v1.ListReply\x12L\n\x06\x45nsure\x12$.tollgate.inference.v1.EnsureRequest\x1a\x1c.tollgate.inference.v1.Build\x12N\n\x07\x43ontrol\x12%.tollgate.inference.v1.ControlRequest\x1a\x1c.tollgate.inference.v1.Buildb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashared/rpc/inference.proto\x12\x15tollgate.inference.v1\"\r\n\x0bListRequest\"/\n\rEnsureRequest\x12\r\n\x05\x62uild\x18\x01 \x01(\t\x12\x0f\n\x07wait_ms\x18\x02 \x01(\x05\"_\n\x0e\x43ontrolRequest\x12\r\n\x05\x62uild\x18\x01 \x01(\t\x12-\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x1d.tollgate.inference.v1.Action\x12\x0f\n\x07version\x18\x03 \x01(\t\"K\n\tListReply\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.tollgate.inference.v1.Model\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x8e\x01\n\x05Model\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\x12\x14\n\x0cstable_build\x18\x04 \x01(\t\x12,\n\x06\x62uilds\x18\x05 \x03(\x0b\x32\x1c.tollgate.inference.v1.Build\x12\x0c\n\x04kind\x18\x06 \x01(\t\"\xa4\x02\n\x05\x42uild\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0ctriton_model\x18\x02 \x01(\t\x12\x16\n\x0etriton_version\x18\x03 \x01(\t\x12\x15\n\rtriton_target\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\x03\x12\r\n\x05slots\x18\x08 \x01(\x05\x12\x30\n\x05state\x18\t \x01(\x0e\x32!.tollgate.inference.v1.BuildState\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x12\n\nparameters\x18\x0b \x01(\x03\x12\x11\n\ton_demand\x18\x0c \x01(\x08\x12\x12\n\nlost_at_ms\x18\r \x01(\x03*x\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43TION_LOAD\x10\x01\x12\x11\n\rACTION_UNLOAD\x10\x02\x12\x0f\n\x0b\x41\x43TION_AUTO\x10\x03\x12\x11\n\rACTION_RELOAD\x10\x04\x12\x0e\n\nACTION_PIN\x10\x05*\x90\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UILD_STATE_READY\x10\x01\x12\x17\n\x13\x42UILD_STATE_LOADING\x10\x02\x12\x1b\n\x17\x42UILD_STATE_UNAVAILABLE\x10\x03\x12\x18\n\x14\x42UILD_STATE_UNLOADED\x10\x04\x32\xf7\x01\n\tCatalogue\x12L\n\x04List\x12\".tollgate.inference.v1.ListRequest\x1a .tollgate.inference.v1.ListReply\x12L\n\x06\x45nsure\x12$.tollgate.inference.v1.EnsureRequest\x1a\x1c.tollgate.inference.v1.Build\x12N\n\x07\x43ontrol\x12%.tollgate.inference.v1.ControlRequest\x1a\x1c.tollgate.inference.v1.Buildb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.rpc.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTION']._serialized_start=711
-  _globals['_ACTION']._serialized_end=831
-  _globals['_BUILDSTATE']._serialized_start=834
-  _globals['_BUILDSTATE']._serialized_end=978
+  _globals['_ACTION']._serialized_start=731
+  _globals['_ACTION']._serialized_end=851
+  _globals['_BUILDSTATE']._serialized_start=854
+  _globals['_BUILDSTATE']._serialized_end=998
   _globals['_LISTREQUEST']._serialized_start=53
   _globals['_LISTREQUEST']._serialized_end=66
   _globals['_ENSUREREQUEST']._serialized_start=68
@@ -46,7 +46,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=292
   _globals['_MODEL']._serialized_end=434
   _globals['_BUILD']._serialized_start=437
-  _globals['_BUILD']._serialized_end=709
-  _globals['_CATALOGUE']._serialized_start=981
-  _globals['_CATALOGUE']._serialized_end=1228
+  _globals['_BUILD']._serialized_end=729
+  _globals['_CATALOGUE']._serialized_start=1001
+  _globals['_CATALOGUE']._serialized_end=1248
 # @@protoc_insertion_point(module_scope)

@@ -82,7 +82,7 @@ class Model(_message.Message):
     def __init__(self, alias: _Optional[str] = ..., description: _Optional[str] = ..., created: _Optional[int] = ..., stable_build: _Optional[str] = ..., builds: _Optional[_Iterable[_Union[Build, _Mapping]]] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Build(_message.Message):
-    __slots__ = ("name", "triton_model", "triton_version", "triton_target", "engine", "quantization", "context_tokens", "slots", "state", "reason", "parameters", "on_demand")
+    __slots__ = ("name", "triton_model", "triton_version", "triton_target", "engine", "quantization", "context_tokens", "slots", "state", "reason", "parameters", "on_demand", "lost_at_ms")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TRITON_MODEL_FIELD_NUMBER: _ClassVar[int]
     TRITON_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +95,7 @@ class Build(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ON_DEMAND_FIELD_NUMBER: _ClassVar[int]
+    LOST_AT_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     triton_model: str
     triton_version: str
@@ -107,4 +108,5 @@ class Build(_message.Message):
     reason: str
     parameters: int
     on_demand: bool
-    def __init__(self, name: _Optional[str] = ..., triton_model: _Optional[str] = ..., triton_version: _Optional[str] = ..., triton_target: _Optional[str] = ..., engine: _Optional[str] = ..., quantization: _Optional[str] = ..., context_tokens: _Optional[int] = ..., slots: _Optional[int] = ..., state: _Optional[_Union[BuildState, str]] = ..., reason: _Optional[str] = ..., parameters: _Optional[int] = ..., on_demand: _Optional[bool] = ...) -> None: ...
+    lost_at_ms: int
+    def __init__(self, name: _Optional[str] = ..., triton_model: _Optional[str] = ..., triton_version: _Optional[str] = ..., triton_target: _Optional[str] = ..., engine: _Optional[str] = ..., quantization: _Optional[str] = ..., context_tokens: _Optional[int] = ..., slots: _Optional[int] = ..., state: _Optional[_Union[BuildState, str]] = ..., reason: _Optional[str] = ..., parameters: _Optional[int] = ..., on_demand: _Optional[bool] = ..., lost_at_ms: _Optional[int] = ...) -> None: ...

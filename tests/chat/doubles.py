@@ -254,13 +254,14 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
 class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
     """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading.
 
-    `lost` names builds that are out of service. With `has_more` there are `dozing`, which is loaded when it is asked
-    for, and `vectors`, which does not chat.
+    `lost` names builds that are out of service, `lost_at_ms` when they last were. With `has_more` there are `dozing`,
+    which is loaded when it is asked for, and `vectors`, which does not chat.
     """
 
     def __init__(self, target: str) -> None:
         self._target = target
         self.lost: set[str] = set()
+        self.lost_at_ms: dict[str, int] = {}
         self.has_more = False
         self.is_awake = False
 
@@ -290,7 +291,12 @@ class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
 
     def _build(self, name: str, context_tokens: int, state: Any) -> Any:
         return inference_pb2.Build(
-            name=name, triton_model=name, triton_target=self._target, context_tokens=context_tokens, state=state
+            name=name,
+            triton_model=name,
+            triton_target=self._target,
+            context_tokens=context_tokens,
+            state=state,
+            lost_at_ms=self.lost_at_ms.get(name, 0),
         )
 
 

@@ -126,8 +126,11 @@ async def test_a_stream_of_a_dead_process_is_broken_off(hasty: Chat) -> None:
     assert not hasty.engine.stopped.is_set()
 
 
-async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Chat) -> None:
-    """Long before `chat`'s own time for a first chunk, which no test waits for."""
+@pytest.mark.parametrize("is_back", [False, True])
+async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Chat, is_back: bool) -> None:
+    """Long before `chat`'s own time for a first chunk, which no test waits for; also one that was replaced so soon that
+    nobody saw it away.
+    """
     chat.engine.by_build = {"small-a": for_ever, "small-b": failing(EngineError("queue_full"))}
     async with chat.client() as client:
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
@@ -136,7 +139,10 @@ async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Ch
             return bool(chat.engine.generated)
 
         await until(generating)
-        chat.catalogue.lost.add("small-a")
+        if is_back:
+            chat.catalogue.lost_at_ms["small-a"] = chat.catalogue.lost_at_ms.get("small-a", 0) + 1
+        else:
+            chat.catalogue.lost.add("small-a")
         answer = await asked
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
         assert int(answer.headers["retry-after"]) >= 1

@@ -92,9 +92,12 @@ async def sensitive(surroundings: Surroundings) -> AsyncIterator[Chat]:
     async with run_chat(surroundings, {**PATIENT, "chat_breaker_failures_max": 1, "chat_breaker_pause_ms": 10**9}) as c:
         yield c
         surroundings.catalogue.lost.clear()
+        surroundings.catalogue.lost_at_ms.clear()
 
 
-async def test_a_replaced_build_answers_at_once(sensitive: Chat) -> None:
+@pytest.mark.parametrize("is_seen", [True, False])
+async def test_a_replaced_build_answers_at_once(sensitive: Chat, is_seen: bool) -> None:
+    """Also one that was replaced so soon that nobody saw it away."""
     chat, builds = sensitive, {"small-a", "small-b"}
 
     async def states() -> set[str]:
@@ -108,13 +111,20 @@ async def test_a_replaced_build_answers_at_once(sensitive: Chat) -> None:
     async def are_back() -> bool:
         return await states() == {"ready"}
 
+    async def is_served() -> bool:
+        return (await chat.complete()).status_code == 200
+
     chat.engine.by_build = dict.fromkeys(builds, failing(EngineError("engine_error")))
     assert (await chat.complete()).status_code == 502
     chat.engine.reset()
     refused = await chat.complete()
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
-    chat.catalogue.lost |= builds
-    await until(are_gone)
-    chat.catalogue.lost.clear()
-    await until(are_back)
-    assert (await chat.complete()).status_code == 200
+    if is_seen:
+        chat.catalogue.lost |= builds
+        await until(are_gone)
+        chat.catalogue.lost.clear()
+        await until(are_back)
+        assert (await chat.complete()).status_code == 200
+    else:
+        chat.catalogue.lost_at_ms = dict.fromkeys(builds, 1)
+        await until(is_served)

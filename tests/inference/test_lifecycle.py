@@ -141,11 +141,12 @@ async def test_a_reload_lets_streams_finish(
 ) -> None:
     await service.ready()
     before = triton.stub("frail")
+    lost_at_ms = (await service.ready()).lost_at_ms
     stream = client.send("frail", chat(tokens=700))
     await stream.first(1)
     request = inference_pb2.ControlRequest(build="frail", action=inference_pb2.ACTION_RELOAD)
     await service.rpc("Control", request)
-    await service.ready()
+    assert (await service.ready()).lost_at_ms == lost_at_ms  # who waits there waits on
     assert (await stream.all())[-1]["usage"]["completion_tokens"] == 700
     assert (await client.send("frail", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
     assert triton.stub("frail") != before

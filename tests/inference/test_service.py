@@ -45,14 +45,21 @@ async def test_a_killed_stub_is_noticed_and_replaced(
 ) -> None:
     await service.ready()
     before = triton.stub("frail")
-    revision = (await service.list()).revision
+    listed = await service.list()
     service.seen.clear()
     triton.kill_stub("frail")
     await service.unavailable()
     await service.ready()
     assert triton.stub("frail") != before
-    assert (await service.list()).revision > revision
+    now = await service.list()
+    assert now.revision > listed.revision
+    assert losses(now)["frail"] > losses(listed)["frail"]
     assert (await client.send("frail", chat(tokens=3)).all())[-1]["usage"]["completion_tokens"] == 3
+
+
+def losses(listed: inference_pb2.ListReply) -> dict[str, int]:
+    """When each build last failed, by name."""
+    return {build.name: build.lost_at_ms for model in listed.models for build in model.builds}
 
 
 async def test_a_stub_killed_in_mid_stream_is_replaced_too(

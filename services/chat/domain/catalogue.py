@@ -31,6 +31,8 @@ class Build:
     parameters: int = 0
     on_demand: bool = False
     """Loaded when somebody asks for it; UNLOADED is no fault then."""
+    lost_at_ms: int = 0
+    """Unix time when it last failed while it served; 0 when it has not."""
 
     @property
     def is_ready(self) -> bool:

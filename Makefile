@@ -67,6 +67,7 @@ lock: ## Compile requirements/*.in and Unleash's package.json into locks with ha
 	$(UV_COMPILE) requirements/services.in -o requirements/services.txt
 	$(UV_COMPILE) requirements/dev.in -c requirements/services.txt -o requirements/dev.txt
 	$(UV_COMPILE) --no-deps requirements/triton.in -o requirements/triton.txt
+	$(UV_COMPILE) requirements/clients.in -o requirements/clients.txt
 	$(BIN)/python -m deploy.local.unleash install --package-lock-only --ignore-scripts
 
 stubs: ## Generate the gRPC stubs from shared/rpc/*.proto
@@ -90,4 +91,4 @@ model: environments ## Serve your own: FROM=<gguf | HF directory | hub id> NAME=
 		$(if $(KIND),--kind $(KIND)) $(if $(CONTEXT),--context-tokens $(CONTEXT)) $(if $(SLOTS),--slots $(SLOTS))
 
 clean: ## Remove the environments and caches; the data stays
-	rm -rf .venv .venv-triton .venv-chat-mini .venv-models deploy/unleash/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-triton .venv-chat-mini .venv-models .venv-clients deploy/unleash/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

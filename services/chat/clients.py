@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ class CatalogueClient:
         self._stub = CatalogueStub(caller.channel)
         self._last: Catalogue | None = None
         self._lost_s: dict[str, float] = {}
+        self._doubted = asyncio.Event()
 
     @property
     def last(self) -> Catalogue:
@@ -75,8 +77,15 @@ class CatalogueClient:
         """Whether a refresh after `since_s` (time.monotonic) brought that a build had failed, or is gone.
 
         Also one that was replaced between two refreshes; not one that is reloaded or unloaded: that ends its streams.
+        Who asks has heard nothing of it for long: the next refresh comes earlier.
         """
+        self._doubted.set()
         return self._lost_s.get(build, float("inf")) > since_s
+
+    async def doubted(self) -> None:
+        """Returns when somebody has asked since whether a build was lost."""
+        self._doubted.clear()
+        await self._doubted.wait()
 
 
 def _model(message: pb.Model) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 
 from services.chat.clients import CatalogueClient
@@ -16,7 +17,7 @@ Purge = Callable[[int], Awaitable[int]]
 
 
 async def keep_catalogue(catalogue: CatalogueClient, pause_s: float, loading_pause_s: float) -> None:
-    """Refresh the catalogue for ever, oftener while a build is not ready or nothing is known.
+    """Refresh the catalogue for ever, oftener while a build is not ready, is in doubt, or nothing is known.
 
     An inference service that is away changes nothing; it is logged once.
     """
@@ -30,7 +31,10 @@ async def keep_catalogue(catalogue: CatalogueClient, pause_s: float, loading_pau
             was_up = False
         else:
             was_up = True
-        await asyncio.sleep(pause_s if catalogue.is_settled else loading_pause_s)
+        await asyncio.sleep(min(pause_s, loading_pause_s))
+        if catalogue.is_settled:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(catalogue.doubted(), pause_s - loading_pause_s)
 
 
 async def keep_purging(purges: Sequence[Purge], pause_s: float) -> None:

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from services.inference.domain import Build
-from services.inference.errors import BuildRefused, Contradiction
+from services.inference.errors import BuildDead, BuildRefused, BuildSilent, Contradiction
 from services.inference.triton import TritonServer
 from shared.telemetry import InferenceMetrics
 
@@ -81,8 +82,26 @@ class Canary:
             raise BuildRefused("engine_error", "Its context is not what the catalogue says.")
 
     async def _probe(self, build: Build, timeout_s: float) -> None:
-        await self._ask(build, PROBE, timeout_s)
+        """Nobody answers for a process that died over it, but Triton refuses the next question to it."""
+        probing = asyncio.create_task(self._ask(build, PROBE, timeout_s))
+        try:
+            await asyncio.wait({probing}, timeout=self._patience.canary_s)
+            if not probing.done():
+                await self._is_not_dead(build)
+            await probing
+        finally:
+            probing.cancel()
+            await asyncio.gather(probing, return_exceptions=True)
         self._probed_s[build.name] = time.monotonic()
+
+    async def _is_not_dead(self, build: Build) -> None:
+        """Raises BuildDead, TritonUnreachable; a process that is slow is not."""
+        try:
+            await self._ask(build, COUNT, self._patience.canary_s)
+        except BuildDead:
+            raise
+        except (BuildSilent, BuildRefused):
+            return
 
     async def _ask(self, build: Build, question: Mapping[str, Any], timeout_s: float) -> dict[str, int] | None:
         """The answer; None when the build is alive, and busier than it should be."""

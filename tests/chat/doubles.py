@@ -252,7 +252,7 @@ class Ledger(billing_pb2_grpc.LedgerServicer):
 
 
 class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
-    """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading.
+    """Two models: `small` with two builds, both on the engine's address, and `asleep`, which is loading or `asleep_is`.
 
     `lost` names builds that are out of service, `lost_at_ms` when they last were. With `has_more` there are `dozing`,
     which is loaded when it is asked for, and `vectors`, which does not chat.
@@ -264,6 +264,7 @@ class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
         self.lost_at_ms: dict[str, int] = {}
         self.has_more = False
         self.is_awake = False
+        self.asleep_is: Any = inference_pb2.BUILD_STATE_LOADING
 
     async def List(self, _request: Any, _: Any) -> Any:
         small = inference_pb2.Model(alias="small", kind="chat", created=1, stable_build="small-a", description="Small.")
@@ -271,7 +272,7 @@ class CatalogueDouble(inference_pb2_grpc.CatalogueServicer):
             state = inference_pb2.BUILD_STATE_UNAVAILABLE if name in self.lost else inference_pb2.BUILD_STATE_READY
             small.builds.append(self._build(name, context, state))
         asleep = inference_pb2.Model(alias="asleep", kind="chat", created=1, stable_build="asleep-a")
-        asleep.builds.append(self._build("asleep-a", 100, inference_pb2.BUILD_STATE_LOADING))
+        asleep.builds.append(self._build("asleep-a", 100, self.asleep_is))
         more = self._more() if self.has_more else []
         return inference_pb2.ListReply(models=[small, asleep, *more], revision=1)
 

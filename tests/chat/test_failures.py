@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from services.chat.triton import SUSPICIOUS_SILENCE_S
-from tests.chat.conftest import LONG, Chat, asking, told, until
+from shared.rpc import inference_pb2
+from tests.chat.conftest import LONG, PATIENT, Chat, Surroundings, asking, run_chat, told, until
 from tests.chat.doubles import EngineError, Item, Script, chunk, for_ever
 
 ATTEMPTS_MAX = 5
@@ -148,6 +149,25 @@ async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Ch
         assert int(answer.headers["retry-after"]) >= 1
     await told(chat.engine.stopped)
     assert [v.reason for v in chat.ledger.voided] == ["error"]
+
+
+async def test_a_silence_brings_the_next_look_at_the_catalogue_forward(chat: Chat, surroundings: Surroundings) -> None:
+    """Of a service that looks once an hour while all is well."""
+    engine, catalogue = surroundings.engine, surroundings.catalogue
+    catalogue.asleep_is = inference_pb2.BUILD_STATE_UNLOADED
+    async with run_chat(surroundings, {**PATIENT, "catalogue_refresh_ms": 3_600_000}) as calm, calm.client() as client:
+        catalogue.asleep_is = inference_pb2.BUILD_STATE_LOADING
+        engine.reset()
+        engine.by_build = {"small-a": for_ever, "small-b": failing(EngineError("queue_full"))}
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=asking()))
+
+        async def generating() -> bool:
+            return bool(engine.generated)
+
+        await until(generating)
+        catalogue.lost.add("small-a")
+        assert (await asked).json()["error"]["code"] == "overloaded"
+        await told(engine.stopped)
 
 
 async def test_a_build_that_speaks_is_not_given_up_because_the_catalogue_lost_it(chat: Chat) -> None:

@@ -1,7 +1,9 @@
 """The inference service over a real tritonserver: builds are loaded, watched, and come back."""
 
 import asyncio
+import os
 import shutil
+import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,8 +14,9 @@ from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from services.inference.app import build
-from services.inference.canary import Patience
-from services.inference.errors import CatalogueInvalid
+from services.inference.canary import Canary, Patience
+from services.inference.domain import Build
+from services.inference.errors import BuildDead, CatalogueInvalid
 from services.inference.repository import DesiredFile
 from services.inference.service import Models
 from services.inference.settings import Settings
@@ -83,6 +86,29 @@ async def _supervise(triton: RunningTriton) -> None:
     while True:
         await asyncio.to_thread(triton.supervise)
         await asyncio.sleep(0.1)
+
+
+async def test_a_process_that_dies_over_a_probe_is_known_to_be_dead(
+    triton: RunningTriton, backend: BackendClient
+) -> None:
+    """Long before the time for a probe is over."""
+    await backend.load("frail")
+    server = TritonServer(triton.grpc_address, control_timeout_s=WAIT_S, load_timeout_s=WAIT_S)
+    patience = Patience(canary_s=3, first_token_s=WAIT_S, reload_quiet_s=0, probe_s=WAIT_S)
+    canary = Canary(server, InferenceMetrics(CollectorRegistry()), patience)
+    frail = Build("frail", "llama.cpp", "Q8_0", context_tokens=1024, slots=2, parameters=0)
+    process = triton.stub("frail")
+    os.kill(process, signal.SIGSTOP)
+    checking = asyncio.create_task(canary.check(frail))
+    done, _ = await asyncio.wait({checking}, timeout=1)
+    assert not done
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(BuildDead):
+        await checking
+    await server.close()
+    (triton.server.repository / "frail/1/model.py").touch()
+    await backend.load("frail")
+    assert (await backend.send("frail", chat(tokens=2)).all())[-1]["usage"]["completion_tokens"] == 2
 
 
 async def test_after_a_restart_of_triton_the_builds_are_loaded_again(

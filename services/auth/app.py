@@ -18,7 +18,18 @@ from services.auth.clients import ChangeChannel, Mailer, UsageStream
 from services.auth.clients.oidc import OidcClient
 from services.auth.errors import SigningKeyUnreadable
 from services.auth.repository.sign_in import SignInDatabase
-from services.auth.routes import admin, jwks, keys, oidc, organizations, registration, service_accounts, sessions, users
+from services.auth.routes import (
+    admin,
+    jwks,
+    keys,
+    oidc,
+    organizations,
+    registration,
+    service_accounts,
+    sessions,
+    storage,
+    users,
+)
 from services.auth.service import Services
 from services.auth.service.access import Access
 from services.auth.service.accounts import Accounts
@@ -94,6 +105,7 @@ def create_app(
     app = web.create_app("auth", ring=ring, registry=registry, readiness=readiness, description=DESCRIPTION)
     app.state.services = services
     app.state.public_url = settings.public_url
+    storage.add_to(app)
     for module in (registration, users, sessions, oidc, organizations, service_accounts, keys, admin, jwks):
         app.include_router(module.router)
     return app

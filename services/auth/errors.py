@@ -50,6 +50,13 @@ class PasswordQueueFull(Unavailable):
     default_message = "Too many sign-ins at the moment. Retry shortly."
 
 
+class StorageUnavailable(Unavailable):
+    """PostgreSQL is away, or too busy for this request to get its turn."""
+
+    default_code = "storage_unavailable"
+    default_message = "The service cannot reach its data right now. Retry shortly."
+
+
 class UsernameTaken(Conflict):
     default_code = "username_taken"
     default_message = "username: this name is taken; choose another."

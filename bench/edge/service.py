@@ -21,7 +21,19 @@ REPLY = json.dumps(
     {"id": "chatcmpl-1", "object": "chat.completion", "created": 1763700000, "model": "bench", "choices": [CHOICE]}
 ).encode()
 SMALL = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(REPLY), REPLY)
+KEY = {
+    "kty": "EC",
+    "crv": "P-256",
+    "alg": "ES256",
+    "use": "sig",
+    "kid": "bench",
+    "x": "MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4",
+    "y": "4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM",
+}  # RFC 7517's example: auth's key set, so that nobody asks for it again and again
+KEY_SET = json.dumps({"keys": [KEY]}).encode()
+KEYS = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(KEY_SET), KEY_SET)
 EMPTY = b"HTTP/1.1 204 No Content\r\n\r\n"
+OTHERS = {b"/auth": EMPTY, b"/.well-known/jwks.json": KEYS}
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENT = (
     b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1763700000,"model":"bench",'
@@ -59,7 +71,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(STREAM)
             self._next_chunk(int(chunks), int(gap_ms) / 1000)
         else:
-            self._transport.write(EMPTY if self._url == b"/auth" else SMALL)
+            self._transport.write(OTHERS.get(self._url, SMALL))
 
     def _next_chunk(self, left: int, gap_s: float) -> None:
         if self._transport.is_closing():

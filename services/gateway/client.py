@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ class Client(Protocol):
     def opening(self, status: int) -> bytes:
         """How every response with that status begins."""
 
-    def write(self, data: bytes) -> None:
-        """Send."""
+    @property
+    def write(self) -> Callable[[bytes], None]:
+        """Sends."""
 
     def hold_reading(self, is_held: bool) -> None:
         """Read no more for now, or again."""

@@ -5,6 +5,15 @@
        └──────────► CLOSED ◄─┴─────────────────────────────────┘
 
 One request at a time on each. The bytes of a response go to its `Receiver` as they come, after each read one `flush`.
+The chunks of a response may be spliced, past llhttp and the receiver:
+
+    PARSED ──a chunk is complete, and nothing after it──► BETWEEN CHUNKS ──a read is one whole chunk──► written as it is
+      ▲                                                    │    ▲                                        │
+      └────────────────────anything else───────────────────┘    └────────────────────────────────────────┘
+
+One whole chunk means: byte for byte as we would frame these bytes, so that what is copied is what we would write. For
+llhttp nothing has happened meanwhile: it stands between two chunks, before and after.
+
 A connection is used again only when both messages have ended where their framing says and nothing followed: what
 follows can never become the answer to somebody else. A response without a length ends when the service hangs up.
 """
@@ -16,6 +25,7 @@ import contextlib
 import ssl
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -26,6 +36,9 @@ from services.gateway.heads import RawHeaders
 HEAD_BYTES_MAX = 64 * 1024  # of a response; also what a trailer may hold
 SWITCHING_PROTOCOLS = 101
 STATUS_MIN, STATUS_MAX = 200, 599
+CRLF = b"\r\n"
+CHUNK_DIGITS_MAX = 8
+NEVER_S = float("-inf")
 
 
 class Receiver(Protocol):
@@ -51,6 +64,17 @@ class Receiver(Protocol):
         """The service takes the request's body more slowly than it comes, or keeps up again."""
 
 
+@lru_cache(maxsize=4_096)
+def chunk_opening(length: int) -> bytes:
+    """How a chunk of so many bytes in all begins, in the one way in which we write it, that is in lower case, without
+    leading zeros and extensions; b"" where none is so long, or only the last, empty one."""
+    for digits in range(1, CHUNK_DIGITS_MAX):
+        opening = b"%x\r\n" % max(0, length - digits - 2 * len(CRLF))
+        if len(opening) == digits + len(CRLF) and opening[:1] != b"0":
+            return opening
+    return b""
+
+
 class _Unusable(Exception):
     """Raised in a parser callback; httptools turns it into a parser error."""
 
@@ -64,8 +88,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver: Receiver | None = None
         self._headers: RawHeaders = []
         self._is_interim = self._has_head = self._has_ended = self._until_close = self._is_request_complete = False
-        self._is_last = False
+        self._is_last = self._is_between_chunks = False
         self._unparsed = 0
+        self._splice_to: Callable[[bytes], None] | None = None
+        self._splice: Callable[[bytes], None] | None = None  # the same while the next read may be one chunk
+        self.spliced_bytes = 0  # of the body
+        self.spliced_s = NEVER_S  # when last, by the loop's clock
         self.is_held = False  # the client takes the response more slowly than it comes
         self.is_reusable = True
         self.idle_since_s = 0.0
@@ -79,7 +107,13 @@ class UpstreamConnection(asyncio.Protocol):
         self._has_head = self._has_ended = self._until_close = False
         self._is_request_complete = is_complete
         self._unparsed = 0
+        self._splice_to = None
+        self.spliced_bytes, self.spliced_s = 0, NEVER_S
         self.transport.write(data)
+
+    def splice(self, write: Callable[[bytes], None]) -> None:
+        """Whole chunks of this response may go straight there; all else comes to the receiver, in order."""
+        self._splice_to = write
 
     def send_more(self, data: bytes, *, is_complete: bool) -> None:
         """More of the request's body, framed."""
@@ -95,7 +129,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def abandon(self) -> None:
         """Hang up at once: nobody waits for the response any more."""
-        self._receiver = None
+        self._receiver = self._splice = None
         self._close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -103,6 +137,14 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
+        if (splice := self._splice) is not None:
+            opening = chunk_opening(len(data))
+            if opening and data.startswith(opening) and data.endswith(CRLF):
+                splice(data)
+                self.spliced_bytes += len(data) - len(opening) - len(CRLF)
+                self.spliced_s = self.loop_time_s()
+                return
+            self._splice = None
         if self._receiver is None:
             self._close()
             return
@@ -119,6 +161,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._lose("head too large")
         elif receiver is not None and self._has_head:
             receiver.flush()
+            if self._is_between_chunks and data.endswith(CRLF):
+                self._splice = self._splice_to
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_reusable = False
@@ -169,15 +213,22 @@ class UpstreamConnection(asyncio.Protocol):
         if self._receiver is not None:
             self._receiver.piece(data)
 
+    def on_chunk_header(self) -> None:
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._is_between_chunks = True
+
     def on_message_complete(self) -> None:
         self._unparsed = 0
+        self._is_between_chunks = False
         if self._is_interim:
             self._is_interim = False
         else:
             self._has_ended = True
 
     def _end(self) -> None:
-        receiver, self._receiver = self._receiver, None
+        receiver, self._receiver, self._splice = self._receiver, None, None
         if self.is_reusable and self._is_request_complete and not self._is_last and not self.transport.is_closing():
             self.hold_reading(False)
             self._pool.give_back(self)
@@ -187,7 +238,7 @@ class UpstreamConnection(asyncio.Protocol):
             receiver.end()
 
     def _lose(self, reason: str) -> None:
-        receiver, self._receiver = self._receiver, None
+        receiver, self._receiver, self._splice = self._receiver, None, None
         self._close()
         if receiver is not None:
             receiver.lost(reason)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from services.gateway.known import Asked, Cut, cut
@@ -46,11 +47,13 @@ class EdgeProtocol(GuardedHttpProtocol):
         self._is_deaf = False  # nothing that still comes is answered
         self._is_draining = False
         self.peer = ""
+        self.write: Callable[[bytes], None]  # the transport's own: a call less for each chunk of a stream
 
     # asyncio's side
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.write = transport.write
         self.peer = self.client[0] if self.client else ""
         end = transport.get_extra_info("socket")
         if end is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
@@ -190,9 +193,6 @@ class EdgeProtocol(GuardedHttpProtocol):
 
     def opening(self, status: int) -> bytes:
         return self._relay.opening(status, self.server_state.default_headers)
-
-    def write(self, data: bytes) -> None:
-        self.transport.write(data)
 
     def hold_reading(self, is_held: bool) -> None:
         if is_held:

@@ -134,6 +134,8 @@ class Relayed(Admitting):
 
     def late(self) -> None:
         """`due_s` has passed, or `end_s`."""
+        if self._connection is not None and self._moved(self._connection.spliced_s):
+            return
         if not self.is_whole:
             self.fail(RequestTimeout())
             return
@@ -219,7 +221,8 @@ class Relayed(Admitting):
         self._client.hold_reading(is_full)
 
     def head(self, status: int, headers: RawHeaders, length: int | None) -> None:
-        self.due_s = self._relay.now_s() + self._relay.timeouts.idle_s
+        assert self._connection is not None
+        self._progress()
         head = read_response(headers)
         self.build = head.build.decode("latin-1")
         is_bodiless = status in BODILESS
@@ -235,6 +238,7 @@ class Relayed(Admitting):
                 self.keep_alive = False
             else:
                 self._is_chunked = True
+                self._connection.splice(self._client.write)
                 head.lines.append(b"transfer-encoding: chunked\r\n")
         if not head.has_policy:
             head.lines.append(NO_STORE)
@@ -251,7 +255,7 @@ class Relayed(Admitting):
 
     def end(self) -> None:
         assert self._replica is not None
-        self._connection = None
+        self._part()
         self._replica.succeeded()
         self._write(is_last=True)
         self.complete = True
@@ -259,7 +263,7 @@ class Relayed(Admitting):
 
     def lost(self, reason: str) -> None:
         assert self._replica is not None
-        self._connection = None
+        self._part()
         self._replica.failed(self._relay.now_s())
         self._relay.count_error(self.service, "broken")
         self.fail(BadGateway(detail=f"{self.service}: {reason}"))
@@ -323,6 +327,11 @@ class Relayed(Admitting):
     def _progress(self) -> None:
         self.due_s = self._relay.now_s() + self._relay.timeouts.idle_s
 
+    def _moved(self, at_s: float) -> bool:
+        """Whether what moved then, unseen, leaves time."""
+        self.due_s = max(self.due_s, at_s + self._relay.timeouts.idle_s)
+        return self._relay.now_s() < min(self.due_s, self.end_s)
+
     def _await_first_byte(self) -> None:
         if not self.status:
             self.due_s = self._relay.now_s() + self._relay.timeouts.first_byte_s
@@ -335,9 +344,16 @@ class Relayed(Admitting):
         self._stop_admitting()
         if self._connection is not None:
             self._connection.abandon()
-            self._connection = None
+            self._part()
         if self._replica is not None:
             self._replica.forgotten()
+
+    def _part(self) -> None:
+        """From the connection to the service."""
+        assert self._connection is not None
+        if self._is_chunked:
+            self.bytes_out += self._connection.spliced_bytes
+        self._connection = None
 
     def _finish(self, *, is_broken: bool = False) -> None:
         self.response_complete = True

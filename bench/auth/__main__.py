@@ -36,6 +36,7 @@ FLOOD_PER_S = 200
 CALM_PER_S = 10  # refreshes, and creations of keys, each
 SIZES, SIZES_FULL = [1_000, 10_000, 100_000], [1_000, 10_000, 100_000, 1_000_000]
 TIMEOUT = aiohttp.ClientTimeout(total=60)
+NO_ANSWER = 599  # a connection that broke, as on a machine that is too busy to keep it
 
 Row = dict[str, Any]
 
@@ -71,12 +72,16 @@ class Client:
         address = ".".join(str(random.randint(1, 250)) for _ in range(4))
         headers = {**service.header(identity), "x-forwarded-for": address}
         started = time.perf_counter()
-        async with self._http.post(self._url + path, json=body, headers=headers) as answer:
-            self.statuses[answer.status] += 1
-            if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
-                self.refused_ms.append((time.perf_counter() - started) * 1000)
-            found: dict[str, Any] = await answer.json(content_type=None)
-            return found
+        try:
+            async with self._http.post(self._url + path, json=body, headers=headers) as answer:
+                found: dict[str, Any] = await answer.json(content_type=None)
+                status = answer.status
+        except (aiohttp.ClientError, TimeoutError):
+            found, status = {}, NO_ANSWER
+        self.statuses[status] += 1
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.refused_ms.append((time.perf_counter() - started) * 1000)
+        return found
 
     async def login(self, number: int) -> dict[str, Any]:
         body = {"username": f"user-{number}", "password": service.PASSWORD}
@@ -148,11 +153,14 @@ class Calm:
     def __init__(self, client: Client, people: list[tuple[str, Identity]]) -> None:
         self._client = client
         self._identities = [identity for _, identity in people]
-        self._tokens = [token for token, _ in people]
+        self._tokens: asyncio.Queue[str] = asyncio.Queue()
+        for token, _ in people:
+            self._tokens.put_nowait(token)
 
     async def refresh(self) -> None:
-        if renewed := await self._client.refresh(self._tokens.pop(0)):
-            self._tokens.append(renewed)
+        """With whichever token nobody else is using; it is kept where there is no new one."""
+        token = await self._tokens.get()
+        self._tokens.put_nowait(await self._client.refresh(token) or token)
 
     async def create_key(self) -> None:
         await self._client.create_key(random.choice(self._identities))
@@ -233,6 +241,8 @@ def aims(login: Row, flood: Row, latencies: list[Row], sizes: list[Row], migrate
     """What issue and documents promise, beside what was seen."""
     in_flood = max(row["p99_ms"] for row in latencies if row["what"].endswith("in a flood"))
     slowest, wait_ms = max(row["p95_ms"] for row in sizes), migrated["longest_wait_ms"]
+    most = max(row["users"] for row in sizes)
+    unindexed = sum(row["read_whole"] for row in sizes if row["users"] == most)
     turned_away = flood["other_ms_of_one"] / (login["argon2_ms_of_login"] + login["other_ms_of_login"])
     lookup, lock = growth.LOOKUP_BOUND_MS, growth.LOCK_BOUND_MS
     return [
@@ -246,6 +256,7 @@ def aims(login: Row, flood: Row, latencies: list[Row], sizes: list[Row], migrate
         report.aim("p99 of refresh and keys in a flood, ms", in_flood, "< 300", in_flood < 300),
         report.aim("one offered in a flood, beside argon2, of a login", turned_away, "<= 0.1", turned_away <= 0.1),
         report.aim("p95 of look-ups and lists, ms", slowest, f"< {lookup}", slowest < lookup),
+        report.aim("large tables that they read from end to end", unindexed, "== 0", unindexed == 0),
         report.aim("longest wait for a migration, ms", wait_ms, f"< {lock}", wait_ms < lock),
     ]
 

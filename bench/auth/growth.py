@@ -14,6 +14,7 @@ from alembic import command
 
 from bench import report
 from bench.auth import service
+from services.auth.repository.sign_in import FIND
 from shared.database import alembic_config, migrate
 from tests.conftest import role_url
 
@@ -23,10 +24,14 @@ BEFORE_THIS_RELEASE = "0004"
 PROBE_PAUSE_S = 0.002
 
 QUERIES = {
-    "sign-in: user by name": "SELECT id FROM auth.user_account WHERE lower(username) = lower('user-' || $1::text)",
+    "sign-in: account by name or address": FIND.replace("$1::text", "concat('user-', $1::text)"),
     "gateway: key by digest": "SELECT * FROM auth.key_view WHERE digest = md5('a' || $1) || md5('b' || $1::text)",
     "list: keys of an organisation": (
         "SELECT * FROM auth.api_key WHERE org_id = md5('org' || $1::text)::uuid ORDER BY id DESC LIMIT 20"
+    ),
+    "list: all keys": "SELECT * FROM auth.api_key WHERE id < md5($1::text)::uuid ORDER BY id DESC LIMIT 50",
+    "list: all organisations": (
+        "SELECT * FROM auth.organization WHERE id < md5($1::text)::uuid ORDER BY id DESC LIMIT 50"
     ),
     "list: all users": "SELECT * FROM auth.user_account WHERE id < md5($1::text)::uuid ORDER BY id DESC LIMIT 50",
     "search: users by the beginning of a name": (
@@ -34,7 +39,13 @@ QUERIES = {
         "AND lower(username) ~<~ concat(lower('User-' || $1::text), U&'\\+10FFFF') "
         "ORDER BY lower(username) USING ~<~ LIMIT 50"
     ),
+    "search: users by the beginning of an address": (
+        "SELECT * FROM auth.user_account WHERE lower(email) ~>=~ lower('User-' || $1::text || '@') "
+        "AND lower(email) ~<~ concat(lower('User-' || $1::text || '@'), U&'\\+10FFFF') "
+        "ORDER BY lower(email) USING ~<~ LIMIT 50"
+    ),
 }
+LARGE = {"user_account", "user_role", "organization", "membership", "api_key"}  # as large as there are users
 
 
 async def lookups(owner_url: str, sizes: list[int]) -> list[dict[str, Any]]:
@@ -54,10 +65,17 @@ async def lookups(owner_url: str, sizes: list[int]) -> list[dict[str, Any]]:
                     await statement.fetch(argument)
                     times.append((time.perf_counter() - started) * 1000)
                 p50, p95 = report.percentile(times, 0.5), report.percentile(times, 0.95)
-                rows.append({"what": name, "users": size, "p50_ms": p50, "p95_ms": p95})
+                whole = read_whole((await statement.explain("1"))[0]["Plan"])
+                rows.append({"what": name, "users": size, "p50_ms": p50, "p95_ms": p95, "read_whole": whole})
     finally:
         await connection.close()
     return rows
+
+
+def read_whole(plan: dict[str, Any]) -> int:
+    """How many of the large tables a plan reads from end to end."""
+    here = plan["Node Type"] == "Seq Scan" and plan["Relation Name"] in LARGE
+    return here + sum(read_whole(part) for part in plan.get("Plans", ()))
 
 
 def migrations(stores: service.Stores, users: int) -> dict[str, Any]:

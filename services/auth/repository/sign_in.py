@@ -27,7 +27,7 @@ CONNECT_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
 
 # The account in its first organisation that is active, as AccountRepository has it. Names are folded by PostgreSQL, as
 # its indexes are: Python folds some letters otherwise.
-_FIND = """
+FIND = """
     SELECT u.id, u.username, coalesce(u.email, ''), u.password_hash, u.status, u.created_at,
         o.id, o.name, m.role, o.plan,
         ARRAY(SELECT r.role FROM auth.user_role r WHERE r.user_id = u.id ORDER BY r.role),
@@ -115,7 +115,7 @@ class SignInDatabase:
     async def find(self, login: str) -> Account | None:
         """The account of a user name or an e-mail address, in the user's first organisation that is active."""
         async with self.connection() as connection:
-            row = await connection.fetchrow(_FIND, login)
+            row = await connection.fetchrow(FIND, login)
         return _account(row) if row else None
 
     async def open(

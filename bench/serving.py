@@ -16,11 +16,14 @@ What makes the paths comparable:
 - a round begins with as many requests at once as there may be. They are computed together, and their times to the first
   token say in which order they happened to come; so TTFT is that of the others, which come when one has ended.
 
+Where it goes: `of_ttft_ms` is the mean time to the first token by stage (bench/stages.py), and `beside` is the bare
+engine beside a process that takes as much of a processor as the whole path does around the engine, and only counts.
+
 None of this helps on a machine that does other things too: Linux does not give two processes the same share of a busy
 processor, though they do the same (seen: 22 to 58 tokens/s of the bare engine beside 70 to 96 through Triton, at the
 same processor time a token). What others took is in the result as `others_share`; with more than 5 %, measure again.
 
-`--rounds` (default 3) sets how long it takes: about 7 minutes with the default, on two cores.
+`--rounds` (default 3) sets how long it takes: about 8 minutes with the default, on two cores.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import models, report, stack
+from bench import models, report, stack, stages
 from bench.clients import BareEngine, Drive, Http, Result, Triton, customer
 from bench.processes import Cpu, machine_s
 from services.inference.backend.gguf import read_head
@@ -55,6 +58,7 @@ WARM_UP_REQUESTS = 16
 OTHERS_SHARE_MAX = 0.05
 NEVER = -100
 PATHS = ("engine", "http", "triton", "gateway")
+BESIDE = "beside"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Series:
     cpu_s: dict[str, float] = field(default_factory=dict)
     others_s: float = 0.0
     """Processor time of programs that have nothing to do with the bench."""
+    observed: stages.Sums = field(default_factory=dict)
 
     def add(self, results: list[Result], wall_s: float, cpu: Cpu, others_s: float) -> None:
         self.results.append(results)
@@ -120,6 +125,11 @@ class Series:
     @property
     def all(self) -> list[Result]:
         return [result for results in self.results for result in results]
+
+    @property
+    def share_around(self) -> float:
+        """Of one processor: what everything but the engine's own process took."""
+        return sum(seconds for name, seconds in self.cpu_s.items() if name != "backend") / sum(self.walls_s)
 
     def ttft_s(self, concurrency: int) -> list[float]:
         """Of the requests that no others began together with."""
@@ -164,24 +174,39 @@ class Bench:
             results, _ = await drive(load.bodies(self.numbers(WARM_UP_REQUESTS), end), WARM_UP_REQUESTS)
             say(f"{load.alias}: {path} is warm; {_tokens(results) / WARM_UP_REQUESTS:.0f} tokens an answer")
         for concurrency, count in load.requests.items():
+
+            async def once(path: str, drive: Drive, at: int = concurrency, requests: int = count) -> None:
+                bodies = load.bodies(self.numbers(requests), end)
+                before, busy_s = await self.observed(load), machine_s()
+                with Cpu.of_stack(state) as behind, Cpu.of(engine.pid) as beside:
+                    results, wall_s = await drive(bodies, at)
+                others_s = machine_s() - busy_s - sum(behind.seconds.values()) - beside.seconds.get("engine", 0.0)
+                series = found.setdefault((load.alias, at, path), Series())
+                series.add(results, wall_s, behind if path in ("triton", "gateway") else beside, others_s)
+                series.observed = stages.added(series.observed, before, await self.observed(load))
+
             for turn in range(self.rounds):
                 for place in range(len(PATHS)):
                     path = PATHS[(place + turn) % len(PATHS)]
-                    bodies = load.bodies(self.numbers(count), end)
-                    busy_s = machine_s()
-                    with Cpu.of_stack(state) as behind, Cpu.of(engine.pid) as beside:
-                        results, wall_s = await paths[path](bodies, concurrency)
-                    others_s = machine_s() - busy_s - sum(behind.seconds.values()) - beside.seconds.get("engine", 0.0)
-                    cpu = behind if path in ("triton", "gateway") else beside
-                    series = found.setdefault((load.alias, concurrency, path), Series())
-                    series.add(results, wall_s, cpu, others_s)
-            speeds = {p: statistics.median(found[load.alias, concurrency, p].speeds) for p in PATHS}
+                    await once(path, paths[path])
+                if load.compared_with == "engine":
+                    with stages.Rival(found[load.alias, concurrency, "gateway"].share_around):
+                        await once(BESIDE, engine.drive)
+            speeds = {
+                p: statistics.median(series.speeds)
+                for (alias, at, p), series in found.items()
+                if (alias, at) == (load.alias, concurrency)
+            }
             say(
                 f"{load.alias} at {concurrency}: " + ", ".join(f"{p} {s:,.0f}" for p, s in speeds.items()) + " tokens/s"
             )
         for connection in (http, triton, gateway):
             await connection.close()
         engine.close()
+
+    async def observed(self, load: Load) -> stages.Sums:
+        """What chat and the backend have observed of the load's build."""
+        return await asyncio.to_thread(stages.read, self.environment, load.build)
 
 
 def say(line: str) -> None:
@@ -207,8 +232,8 @@ async def measure(environment: Mapping[str, str], repository: Path, rounds: int)
 
 def others_share(found: Measured) -> float:
     """How much of the processors' time went to programs that have nothing to do with the bench."""
-    wall_s = sum(sum(series.walls_s) for series in found.values())
-    return sum(series.others_s for series in found.values()) / (wall_s * (os.cpu_count() or 1))
+    series = [s for (_, _, path), s in found.items() if path != BESIDE]  # the rival is one of the others
+    return sum(s.others_s for s in series) / (sum(sum(s.walls_s) for s in series) * (os.cpu_count() or 1))
 
 
 def figures(found: Measured) -> list[dict[str, Any]]:
@@ -219,6 +244,10 @@ def figures(found: Measured) -> list[dict[str, Any]]:
         ttft_s = series.ttft_s(concurrency)
         spread_s = [(r["duration_s"] - r["ttft_s"]) / max(1, r["output_tokens"] - 1) for r in results]
         per_token_us = {name: round(seconds / tokens * 1e6, 1) for name, seconds in series.cpu_s.items()}
+        stages_ms = {}
+        if path in ("triton", "gateway"):
+            mean_s = statistics.fmean(r["ttft_s"] for r in results)
+            stages_ms = stages.split_ms(mean_s, series.observed, has_chat=path == "gateway")
         rows.append(
             {
                 "model": model,
@@ -233,6 +262,7 @@ def figures(found: Measured) -> list[dict[str, Any]]:
                 "high": max(series.speeds),
                 "cpu_us_per_token": sum(per_token_us.values()),
                 "of_it": per_token_us,
+                "of_ttft_ms": stages_ms,
             }
         )
     return rows

@@ -59,6 +59,8 @@ class Front:
 
 @asynccontextmanager
 async def front(owner_url: str, redis_url: str, **changes: Any) -> AsyncIterator[Front]:
+    """Both services; `changes` are settings of auth's, and `public_url` of the gateway's too."""
+    both = {name: changes[name] for name in ("public_url",) if name in changes}
     async with (
         running(owner_url, redis_url, RunningClock, **changes) as auth,
         Server(auth.app).running() as server,
@@ -72,6 +74,7 @@ async def front(owner_url: str, redis_url: str, **changes: Any) -> AsyncIterator
             gateway_anonymous_per_minute=100_000,
             gateway_anonymous_per_hour=1_000_000,
             gateway_user_per_minute=100_000,
+            **both,
         )
         async with gateway(configured) as running_gateway:
             yield Front(auth, running_gateway, others, configured)

@@ -2,9 +2,12 @@
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -19,9 +22,9 @@ from services.auth.domain.oidc import OidcProvider, is_own_page
 from tests.auth.front import Front, front
 from tests.auth.harness import PASSWORD, User
 from tests.conftest import Components
-from tests.gateway.outages import eventually
 
 CALLBACK = "/api/v1/auth/oidc/{}/callback"
+START_S, TIMEOUT_S = 120, 60
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,22 @@ def issuer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (tmp_path_factory.mktemp("oidc") / "log").open("w") as log:
         environment = {"PATH": os.environ["PATH"]}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=Path("/"))
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    try:
+        wait_listening(port, process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_listening(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the provider ended"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=START_S):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the provider does not listen after {START_S} s")
 
 
 def provider(issuer: str, name: str, **changes: Any) -> OidcProvider:
@@ -49,15 +65,6 @@ async def whole(owner_url: str, components: Components, issuer: str) -> AsyncIte
         provider(issuer, "known-only", create_users=False),
         provider(f"http://127.0.0.1:{pick_port()}", "gone"),
     )
-
-    async def answers() -> bool:
-        try:
-            async with httpx.AsyncClient() as client:
-                return (await client.get(f"{issuer}/.well-known/openid-configuration")).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    await eventually(answers)
     async with front(owner_url, components.redis_url, auth_oidc_providers=providers) as started:
         yield started
 
@@ -66,7 +73,7 @@ class Browser:
     """One browser: it follows redirects by hand, to the provider and back to the gateway."""
 
     def __init__(self, whole: Front) -> None:
-        self.http = httpx.AsyncClient(base_url=whole.gateway.url, timeout=30, trust_env=False)
+        self.http = httpx.AsyncClient(base_url=whole.gateway.url, timeout=TIMEOUT_S, trust_env=False)
         self.state = ""
 
     async def begin(self, name: str, return_to: str = "") -> str:
@@ -100,7 +107,7 @@ async def person(issuer: str, **claims: Any) -> tuple[str, str]:
     """Somebody whom the provider knows: subject and address."""
     subject = f"s-{secrets.token_hex(6)}"
     known = {"email": f"{subject}@example.com", "email_verified": True, "preferred_username": subject, **claims}
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
         assert (await client.put(f"{issuer}/users/{subject}", json=known)).status_code == 204
     return subject, known["email"]
 

@@ -84,7 +84,8 @@ def serving(environment: dict[str, str], log: Path) -> Iterator[httpx.Client]:
             stderr=subprocess.STDOUT,
         )
     try:
-        with httpx.Client(base_url=f"http://{environment['TOLLGATE_AUTH_HTTP_LISTEN']}") as client:
+        listen = environment["TOLLGATE_AUTH_HTTP_LISTEN"]
+        with httpx.Client(base_url=f"http://{listen}", timeout=DEADLINE_S, trust_env=False) as client:
             wait_ready(client, process, log)
             yield client
         process.send_signal(signal.SIGTERM)

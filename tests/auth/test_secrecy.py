@@ -25,6 +25,7 @@ from tests.auth.test_process import environment, serving
 from tests.gateway.outages import eventually
 
 __all__ = ["environment", "issuer", "server"]  # fixtures of other modules
+TIMEOUT_S = 60
 CLIENT_SECRET = "the secret of tollgate at its provider"
 
 
@@ -125,7 +126,7 @@ async def _by_provider(caller: Caller, issuer: str) -> None:
     subject, _ = await person(issuer)
     begun = caller.get("/api/v1/auth/oidc/corp/start?return_to=/docs")
     sent_to = begun.headers["location"]
-    consented = httpx.post(sent_to, data={"sub": subject}, trust_env=False)
+    consented = httpx.post(sent_to, data={"sub": subject}, timeout=TIMEOUT_S, trust_env=False)
     back = urlsplit(consented.headers["location"])
     cookie = f"tg_oidc={begun.cookies['tg_oidc']}"
     caller.seen += [values[0] for name, values in parse_qs(back.query).items() if name in ("code", "state")]

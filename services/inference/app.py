@@ -6,10 +6,11 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from services.inference.canary import Patience
+from services.inference.domain import Room
 from services.inference.repository import DesiredFile
 from services.inference.routes import models as models_routes
 from services.inference.routes import texts as texts_routes
-from services.inference.service import Models, Room, any_ready
+from services.inference.service import Models, any_ready
 from services.inference.servicer import CatalogueServicer
 from services.inference.settings import Settings
 from services.inference.tasks import Pace, Watcher

@@ -98,6 +98,24 @@ class BuildStatus:
     lost_at: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the catalogue looks like at one moment. `revision` grows with every change, restarts included."""
+
+    catalogue: Catalogue
+    statuses: dict[str, BuildStatus]
+    versions: dict[str, str]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much may be loaded: a share of the memory that may be in use, and a number of builds."""
+
+    memory_share_max: float = 0.85
+    builds_max: int = 16
+
+
 def parse_catalogue(text: str) -> Catalogue:
     """Read catalogue.toml. Raises CatalogueInvalid, whose message names the place and the remedy."""
     try:

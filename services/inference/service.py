@@ -10,12 +10,20 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from services.inference import memory
 from services.inference.canary import Canary, Patience
-from services.inference.domain import Build, BuildState, BuildStatus, Catalogue, Wanted, parse_catalogue
+from services.inference.domain import (
+    Build,
+    BuildState,
+    BuildStatus,
+    Catalogue,
+    Room,
+    Snapshot,
+    Wanted,
+    parse_catalogue,
+)
 from services.inference.errors import BuildSilent, CatalogueInvalid, Contradiction, LoadFailed, TritonError
 from services.inference.repository import Desired, DesiredFile
 from services.inference.triton import TritonServer, parameters_in, pinned
@@ -30,24 +38,6 @@ CONFIGURATION_FILE = "config.pbtxt"
 FIRST_VERSION = "1"
 ROOM_LOOK_S = 0.1
 TRITON_RETRY_S = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What the catalogue looks like at one moment. `revision` grows with every change, restarts included."""
-
-    catalogue: Catalogue
-    statuses: dict[str, BuildStatus]
-    versions: dict[str, str]
-    revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How much may be loaded: a share of the memory that may be in use, and a number of builds."""
-
-    memory_share_max: float = 0.85
-    builds_max: int = 16
 
 
 class Models:
@@ -214,9 +204,7 @@ class Models:
             await self._make_room(build)
             await self._load(build)
         if self.is_ready(build.name):
-            await self._canary.check(build)
-            if build.on_demand and (idle_s := await self._canary.idle_s(build)) is not None:
-                self._use(build.name, idle_s)
+            await self._check(build)
             return
         try:
             await self._canary.prove(build)
@@ -224,6 +212,20 @@ class Models:
             await self._load(build)  # picks up a config.pbtxt that was corrected meanwhile
             raise
         self.mark(build.name, BuildState.READY)
+
+    async def _check(self, build: Build) -> None:
+        """That a ready build answers, and since when nobody has used it. One that has to make room meanwhile does not
+        answer because it is unloaded: its use before that is none, and its silence no failure. Raises as the canary.
+        """
+        try:
+            await self._canary.check(build)
+            idle_s = await self._canary.idle_s(build) if build.on_demand else None
+        except TritonError:
+            if self._statuses[build.name].state is BuildState.UNLOADED:
+                return
+            raise
+        if idle_s is not None and self.is_ready(build.name):
+            self._use(build.name, idle_s)
 
     async def revive(self, build: Build) -> None:
         """Reload a loaded build that does not answer: its process died, which Triton does not notice.

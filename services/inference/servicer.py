@@ -6,8 +6,8 @@ from typing import Any
 
 from grpc import aio
 
-from services.inference.domain import Build, BuildState, Wanted
-from services.inference.service import Models, Snapshot, lifecycle_errors
+from services.inference.domain import Build, BuildState, Snapshot, Wanted
+from services.inference.service import Models, lifecycle_errors
 from shared.errors import InvalidRequest
 from shared.rpc import inference_pb2, inference_pb2_grpc
 

@@ -1,23 +1,32 @@
 """Builds come and go: on demand, by an operator's word, by version, and only where there is room."""
 
 import asyncio
+import os
 import shutil
+import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from services.inference import memory
-from services.inference.domain import Build, Wanted
+from services.inference.canary import Patience
+from services.inference.domain import Build, BuildState, Wanted
 from services.inference.errors import LoadFailed
 from services.inference.memory import Memory, needed_bytes
 from services.inference.repository import Desired, DesiredFile
+from services.inference.service import Models
+from services.inference.triton import TritonServer
+from shared.clock import SystemClock
 from shared.errors import TollgateError
 from shared.rpc import inference_pb2
+from shared.telemetry import InferenceMetrics
 from tests.inference.client import BackendClient, chat
 from tests.inference.conftest import MODELS, RunningTriton, add_build
-from tests.inference.running import CATALOGUE, MORE, READY, RunningService, running_service
+from tests.inference.running import CATALOGUE, MORE, READY, WAIT_S, RunningService, running_service
 
 UNLOADED = inference_pb2.BUILD_STATE_UNLOADED
 ON_DEMAND = MORE + 'residency = "on_demand"\n'
@@ -114,6 +123,40 @@ async def test_a_memory_that_fills_up_unloads_the_least_recently_used(
         await service.until("lazy", lambda b: b.state == UNLOADED)
         for name in ("frail", "lazier"):
             assert (await service.builds())[name].state == READY
+
+
+async def test_a_build_that_makes_room_while_it_is_looked_at_stays_away(
+    triton: RunningTriton, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: BackendClient
+) -> None:
+    """Its silence is no death that would have it loaded again, and its use before no wish for it."""
+    add_build(repository, "lazy", "chat-mini-q8_0", {"slots": 2})
+    (repository / "catalogue.toml").write_text(CATALOGUE + ON_DEMAND.format(name="lazy", context_tokens=1024))
+    server = TritonServer(triton.grpc_address, control_timeout_s=WAIT_S, load_timeout_s=WAIT_S)
+    patience = Patience(canary_s=WAIT_S, first_token_s=WAIT_S, reload_quiet_s=0)
+    metrics, desired = InferenceMetrics(CollectorRegistry()), DesiredFile(tmp_path / "desired.json")
+    models = Models(repository, server, metrics, SystemClock(), patience, desired)
+    lazy = models.snapshot().catalogue.builds["lazy"]
+    await models.ensure("lazy", 0)
+    await models.tend(lazy)
+    assert models.is_ready("lazy")
+    process = triton.stub("lazy")
+    os.kill(process, signal.SIGSTOP)
+    looking = asyncio.create_task(models.tend(lazy))
+    await asyncio.wait({looking}, timeout=0.5)  # most likely it waits for an answer now
+    monkeypatch.setattr(memory, "machine_memory", lambda: Memory(total=1000, available=149))
+    await models.relieve()
+    os.kill(process, signal.SIGCONT)
+    await looking
+    for _ in range(2):
+        assert models.snapshot().statuses["lazy"].state is BuildState.UNLOADED
+        await models.tend(lazy)
+    await server.close()
+    deadline = time.monotonic() + WAIT_S
+    while await client.is_ready("lazy"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    (repository / "catalogue.toml").write_text(CATALOGUE)
+    shutil.rmtree(repository / "lazy")
 
 
 async def test_an_operator_s_word_outlives_the_service(

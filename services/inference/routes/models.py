@@ -8,8 +8,8 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from services.inference.domain import Build, Model, Wanted
-from services.inference.service import Models, Snapshot, lifecycle_errors
+from services.inference.domain import Build, Model, Snapshot, Wanted
+from services.inference.service import Models, lifecycle_errors
 from shared.web import Caller
 
 ROLES = ("admin", "operator")

@@ -37,6 +37,7 @@ from tests.secrets_seen import SecretsSeen, watching
 
 ROOT = Path(__file__).parents[1]
 STATE_PREFIX = "tollgate-test-"
+STACK_TIMEOUT_S = 600  # the first test of a session waits for the whole stack, on a busy machine for minutes
 WITH_STACK = ("tests/journeys/", "tests/deploy/local/test_whole_stack.py")
 
 Migrate = Callable[[str], object]
@@ -48,10 +49,15 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a use of the whole stack where the workers would start a second one."""
+    """Time for the whole stack's users; refuse one where the workers would start a second stack."""
     for item in items:
-        if "stack" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(WITH_STACK):
+        if "stack" not in getattr(item, "fixturenames", ()):
+            continue
+        if not item.nodeid.startswith(WITH_STACK):
             raise pytest.UsageError(f"{item.nodeid} uses the fixture stack: name its module in {__name__}.WITH_STACK")
+        own = item.get_closest_marker("timeout")
+        if own is None or own.args[0] < STACK_TIMEOUT_S:
+            item.add_marker(pytest.mark.timeout(STACK_TIMEOUT_S), append=False)
 
 
 class ByModule(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types

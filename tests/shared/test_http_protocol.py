@@ -12,7 +12,7 @@ from shared import http_protocol
 from shared.http_protocol import HEAD_BYTES_MAX, GuardedHttpProtocol
 
 PIECE = 16_384
-DEADLINE_S = 20
+DEADLINE_S = 60
 HEAD = b"POST / HTTP/1.1\r\nhost: test\r\n"
 
 

@@ -17,7 +17,7 @@ import pytest
 from deploy.local.ports import pick_port
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 20
+DEADLINE_S = 60
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -57,7 +57,7 @@ async def service() -> AsyncIterator[Running]:
 
 
 async def test_on_sigterm_a_request_in_flight_is_answered_and_resources_close(service: Running) -> None:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=DEADLINE_S, trust_env=False) as client:
         request = asyncio.create_task(client.get(f"{service.url}/slow"))
         await service.wait_for("slow_begun")
         service.process.send_signal(signal.SIGTERM)

@@ -97,6 +97,21 @@ async def test_a_user_gets_a_new_password_and_is_shut_out(auth: Auth, environmen
     assert (await auth.login(user.username, f"{PASSWORD} again")).status_code == 401
 
 
+async def test_people_and_organisations_are_listed_and_let_in_again(auth: Auth, environment: dict[str, str]) -> None:
+    user = await auth.user()
+    key = await auth.key(user)
+    [gained] = rows(environment, "users", "role", user.username, "operator")
+    assert gained["roles"] == ["operator", "user"]
+    assert rows(environment, "users", "disable", user.email)[0]["status"] == "disabled"
+    assert rows(environment, "users", "enable", user.email)[0]["status"] == "active"
+    assert (await auth.login(user.username)).status_code == 200
+    [found] = rows(environment, "users", "list", "--search", user.username)
+    assert (found["id"], found["email"], found["status"]) == (user.id, user.email, "active")
+    made = rows(environment, "orgs", "list")
+    assert user.org_id in [org["id"] for org in made]
+    assert all(secret not in f"{found}{made}" for secret in (key["key"], PASSWORD, user.refresh_token))
+
+
 async def test_signing_keys_are_listed_and_rotated(auth: Auth, environment: dict[str, str]) -> None:
     signing = auth.services.signing_keys.signing().kid
     [made] = rows(environment, "signing-keys", "rotate")

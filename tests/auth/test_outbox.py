@@ -22,7 +22,7 @@ from tests.auth.harness import PEPPERS, Auth, Cable, User, running
 from tests.conftest import Components
 from tests.gateway.outages import Valkey
 
-DEADLINE_S = 10
+DEADLINE_S = 60
 
 
 def names(user: User, key: dict[str, Any]) -> tuple[str, str, str]:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.conftest import Components
 from tests.gateway.harness import Gateway, gateway
 
 GATEWAYS, BUSY_CLIENTS = 3, 6
+EXPIRING_KEYS, EXPIRE_IN_S = 20, 60
 Change = Callable[[Front], Awaitable[tuple[str, Callable[[], Awaitable[None]], int]]]
 
 
@@ -130,3 +132,19 @@ async def test_the_worst_of_many_changes_takes_less_than_a_second(owner_url: str
     for name, seconds in taken.items():
         print(f"{name}: p50 {seconds[len(seconds) // 2] * 1000:.0f} ms, p100 {seconds[-1] * 1000:.0f} ms")
     assert max(seconds[-1] for seconds in taken.values()) < 1
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1_800)
+async def test_no_busy_gateway_takes_a_key_after_it_expired(owner_url: str, components: Components) -> None:
+    async with front(owner_url, components.redis_url) as whole, busy(whole) as gateways:
+        user = await whole.user()
+        ends_at = whole.auth.clock.now() + timedelta(seconds=EXPIRE_IN_S)
+        body = {"scopes": ["models"], "expires_at": ends_at.isoformat()}
+        keys = [(await whole.key(user, **body))["key"] for _ in range(EXPIRING_KEYS)]
+        before = [await status(at, key) for at in gateways for key in keys]
+        assert whole.auth.clock.now() < ends_at, "too slow a machine to have asked before they expired"
+        assert set(before) == {200}
+        await asyncio.sleep((ends_at - whole.auth.clock.now()).total_seconds())
+        after = await asyncio.gather(*(status(at, key) for at in gateways for key in keys))
+    assert set(after) == {401}

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+import structlog
 from xdist.scheduler import LoadScopeScheduling
 
 from deploy.local import processes
@@ -44,8 +45,12 @@ Migrate = Callable[[str], object]
 
 
 def pytest_configure() -> None:
-    """SIGTERM ends a session as Ctrl-C does: what was started is stopped."""
+    """SIGTERM ends a session as Ctrl-C does: what was started is stopped. And a crash is logged plainly: structlog's
+    default shows every local variable, which takes seconds, on a busy machine a minute, and stops the event loop.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure([*structlog.get_config()["processors"][:-1], plain])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,20 +42,26 @@ Drive = Callable[[Sequence[Body], int], Awaitable[Round]]
 
 
 async def timed(pieces: AsyncIterator[bytes]) -> Result:
-    """Read a stream to its end: time to the first content, to the end, and the tokens by the engine's own count."""
+    """Read a stream to its end: time to the first and to the last content, to the end, and the tokens by the engine's
+    own count.
+    """
     started_s = time.perf_counter()
-    first_s = 0.0
+    first_s = spoken_s = 0.0
     last = b""
     async for piece in pieces:
-        if not first_s and _CONTENT in piece.replace(_NO_CONTENT, b""):
-            first_s = time.perf_counter() - started_s
+        if first_s:
+            if _CONTENT in piece:
+                spoken_s = time.perf_counter() - started_s
+        elif _CONTENT in piece.replace(_NO_CONTENT, b""):
+            first_s = spoken_s = time.perf_counter() - started_s
         if b'"usage":{' in piece:
             last = piece
         elif b'"error":{' in piece:
             raise RuntimeError(piece.decode(errors="replace"))
     duration_s = time.perf_counter() - started_s
     counts = _COMPLETION.findall(last)
-    return {"ttft_s": first_s, "duration_s": duration_s, "output_tokens": int(counts[-1]) if counts else 0}
+    output_tokens = int(counts[-1]) if counts else 0
+    return {"ttft_s": first_s, "spoken_s": spoken_s, "duration_s": duration_s, "output_tokens": output_tokens}
 
 
 async def drive(pieces: Callable[[Body], AsyncIterator[bytes]], bodies: Sequence[Body], concurrency: int) -> Round:

@@ -16,8 +16,9 @@ What makes the paths comparable:
 - a round begins with as many requests at once as there may be. They are computed together, and their times to the first
   token say in which order they happened to come; so TTFT is that of the others, which come when one has ended.
 
-Where it goes: `of_ttft_ms` is the mean time to the first token by stage (bench/stages.py), and `beside` is the bare
-engine beside a process that takes as much of a processor as the whole path does around the engine, and only counts.
+Where it goes: `end_p50_ms` is from the last content to the end, `of_ttft_ms` the mean time to the first token by stage
+(bench/stages.py), and `beside` the bare engine beside a process that takes as much of a processor as the whole path
+does around the engine, and only counts.
 
 None of this helps on a machine that does other things too: Linux does not give two processes the same share of a busy
 processor, though they do the same (seen: 22 to 58 tokens/s of the bare engine beside 70 to 96 through Triton, at the
@@ -242,7 +243,9 @@ def figures(found: Measured) -> list[dict[str, Any]]:
     for (model, concurrency, path), series in found.items():
         results, tokens = series.all, _tokens(series.all)
         ttft_s = series.ttft_s(concurrency)
-        spread_s = [(r["duration_s"] - r["ttft_s"]) / max(1, r["output_tokens"] - 1) for r in results]
+        spoken_s = [r.get("spoken_s", r["duration_s"]) for r in results]  # the bare engine has nothing to say after it
+        spread_s = [(s - r["ttft_s"]) / max(1, r["output_tokens"] - 1) for s, r in zip(spoken_s, results, strict=True)]
+        rest_s = [r["duration_s"] - s for s, r in zip(spoken_s, results, strict=True)]
         per_token_us = {name: round(seconds / tokens * 1e6, 1) for name, seconds in series.cpu_s.items()}
         stages_ms = {}
         if path in ("triton", "gateway"):
@@ -256,6 +259,7 @@ def figures(found: Measured) -> list[dict[str, Any]]:
                 "ttft_p50_ms": report.percentile(ttft_s, 0.5) * 1000,
                 "ttft_p99_ms": report.percentile(ttft_s, 0.99) * 1000,
                 "per_token_p50_ms": report.percentile(spread_s, 0.5) * 1000,
+                "end_p50_ms": report.percentile(rest_s, 0.5) * 1000,
                 "tokens": int(tokens),
                 "tokens_per_s": statistics.median(series.speeds),
                 "low": min(series.speeds),

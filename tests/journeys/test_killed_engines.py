@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -156,12 +157,14 @@ async def test_fifty_streams_in_full_flow_end_within_seconds(wide_stack: Running
     wide_stack.wait_healthy()
     for _ in range(3):
         for killed in ("stub", "triton"):
-            customers = [Customer(register(wide_stack.url)) for _ in range(CUSTOMERS)]
-            for customer in customers:
-                unlimit(wide_stack, customer.user)
-            streams, died_s = await killed_under(wide_stack, customers, killed, begun=STREAMS, max_tokens=900)
-            wide_stack.wait_healthy()
-            check_books(wide_stack, customers)
+            with ExitStack() as clients:
+                customers = [Customer(register(wide_stack.url)) for _ in range(CUSTOMERS)]
+                for customer in customers:
+                    clients.callback(customer.user.clients.close)
+                    unlimit(wide_stack, customer.user)
+                streams, died_s = await killed_under(wide_stack, customers, killed, begun=STREAMS, max_tokens=900)
+                wide_stack.wait_healthy()
+                check_books(wide_stack, customers)
             late_s = sorted(s.ended_s - died_s for s in streams if s.end != "done" and s.ended_s > died_s)
             codes = {stream.end for stream in streams}
             print(f"{killed}: {len(late_s)} ended by it {codes}, half after {late_s[len(late_s) // 2]:.2f} s, "

@@ -59,7 +59,7 @@ def kernel_pairs_per_s(seconds: float) -> float:
             hold = place(book.wallet_id, user)
             kernel.decide(journal, book, hold)
             kernel.decide(journal, book, settlement(hold))
-        book.written()
+        book.written(book.ending())
         pairs += KERNEL_ROUND
     return pairs / (time.perf_counter() - began_s)
 

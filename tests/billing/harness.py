@@ -29,7 +29,7 @@ from services.billing.domain import DEFAULT_CLASS, PriceTerms, Usage, WalletView
 from services.billing.ledger.operations import GrantCredits, Heartbeat, Operation, PlaceHold, Settle
 from services.billing.ledger.results import Held, Result
 from services.billing.ledger.shards import ShardLimits, Shards
-from services.billing.ledger.writer import WriterLimits
+from services.billing.ledger.writer import ShardWriter, WriterLimits
 from services.billing.repository import history, leadership
 from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.repository.leadership import shard_of
@@ -250,6 +250,20 @@ async def has_its_share(writer: Shards, owner_url: str) -> None:
         await wait_until(even, "an even share of the shards")
     finally:
         await connection.close()
+
+
+@asynccontextmanager
+async def session(ledger: Ledger) -> AsyncIterator[Any]:
+    """A writer's connection, of whoever."""
+    connection = await leadership.connect(ledger.url, timeout_s=10, statement_timeout_ms=30_000)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def accepts(writer: ShardWriter) -> bool:
+    return writer.accepts
 
 
 @asynccontextmanager

@@ -10,10 +10,11 @@ from services.billing.domain import DEFAULT_CLASS, Price, PriceTerms
 from services.billing.errors import IdempotencyMismatch
 from services.billing.ledger import kernel
 from services.billing.ledger.batch import Ids
-from services.billing.ledger.book import Account, Book, Draw, Journal, Period, Spending, Subject
-from services.billing.ledger.operations import Operation, Refund
+from services.billing.ledger.book import Account, Book, Draw, Journal
+from services.billing.ledger.operations import Operation, Refund, TakeBack
 from services.billing.ledger.results import Result
 from services.billing.ledger.rows import ChargeDay, Rollup, Rows, Transfer
+from services.billing.ledger.spending import Period, Spending, Subject
 from shared.errors import TollgateError
 from shared.ids import uuid7
 
@@ -48,8 +49,8 @@ class MemoryLedger:
                     raise outcome
                 return outcome
         batch = journal or self.journal(now)
-        if isinstance(operation, Refund) and journal is None:
-            self.book.draws[operation.source_id] = self.draws(operation.source_id)
+        if journal is None:
+            self.look_up(operation)
         key = operation.keys[int(kernel.is_late(self.book, operation))]
         try:
             result = kernel.decide(batch, self.book, operation)
@@ -76,8 +77,14 @@ class MemoryLedger:
             self.moved["rolled up"] += sums[-1] if rollup.wallet_id == self.book.wallet_id else 0
         self.written.append(rows)
 
-    def draws(self, source_id: UUID) -> list[Draw]:
-        """As the writer loads them."""
+    def look_up(self, operation: Operation) -> None:
+        """What the writer reads before the operation is decided."""
+        if isinstance(operation, Refund):
+            self.book.draws[operation.source_id] = self._draws(operation.source_id)
+        elif isinstance(operation, TakeBack):
+            self.book.draws[operation.grant_id] = self._draws(operation.grant_id)
+
+    def _draws(self, source_id: UUID) -> list[Draw]:
         transfers = [t for t in self.transfers if t.hold_id == source_id]
         return [Draw(t.credit_account if t.code == "refund" else t.debit_account, t.amount, t.code) for t in transfers]
 

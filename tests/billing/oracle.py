@@ -24,6 +24,7 @@ from services.billing.ledger.operations import (
     PlaceHold,
     Refund,
     Settle,
+    TakeBack,
     Void,
 )
 
@@ -104,6 +105,7 @@ class Oracle:
         self.frozen = False
         # Of what each request and each charge took, and has not been given back: the pot of each single nano-credit.
         self.taken: dict[UUID, list[UUID]] = {}
+        self.returned: dict[UUID, int] = {}  # of each grant, what was taken back of it
         self.budgets: dict[UUID, Limits] = {}
         self.usage: list[tuple[date, Person, int]] = []
 
@@ -150,6 +152,7 @@ class Oracle:
             ExpireGrant: self._expire_grant,
             Charge: self._charge,
             Refund: self._refund,
+            TakeBack: self._take_back,
             Freeze: self._freeze,
         }
         return rules[type(op)](op, now)
@@ -217,6 +220,18 @@ class Oracle:
         self.spent -= amount
         self._tidy(now)
         return (amount, len(taken), self.owed, self.available(now))
+
+    def _take_back(self, op: TakeBack, now: datetime) -> tuple[int, ...]:
+        before = self.returned.get(op.grant_id, 0)
+        missing = amount = max(0, op.total - before)
+        self.returned[op.grant_id] = before + amount
+        for pot in self.pots:
+            while missing and pot.id == op.grant_id and pot.free():
+                pot.left -= 1
+                missing -= 1
+        self.owed += missing
+        self._tidy(now)
+        return (amount, before + amount, self.owed, self.available(now))
 
     def _open(self, hold_id: UUID) -> OpenRequest:
         if hold_id in self.open:

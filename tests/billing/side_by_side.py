@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from services.billing.domain import PriceTerms, Usage
-from services.billing.ledger.book import Period, Subject
 from services.billing.ledger.operations import (
     Charge,
     ExpireGrant,
@@ -21,9 +20,11 @@ from services.billing.ledger.operations import (
     PlaceHold,
     Refund,
     Settle,
+    TakeBack,
     Void,
 )
 from services.billing.ledger.results import Extended, Result
+from services.billing.ledger.spending import Period, Subject
 from shared.errors import TollgateError
 from shared.ids import uuid7
 from tests.billing.memory import MODEL, MemoryLedger
@@ -44,7 +45,8 @@ WEIGHTS = {
     "void": 6,
     "expire": 10,
     "charge": 5,
-    "refund": 6,
+    "refund": 8,
+    "take_back": 3,
     "freeze": 3,
     "expire_grant": 4,
 }
@@ -194,8 +196,10 @@ def random_operation(rng: random.Random, state: Pair) -> Operation:
             return Refund(*authored(), source, uuid7(), rng.choice((None, rng.randint(1, 300))), "test")
         case "freeze":
             return Freeze(*authored(), rng.random() < 0.3, "test")
-    grants = list(state.ledger.book.grants)
-    return ExpireGrant(WALLET, rng.choice(grants) if grants else uuid7())
+    granted = rng.choice(list(state.ledger.book.grants) or [uuid7()])
+    if kind == "take_back":
+        return TakeBack(*authored(), granted, rng.randint(1, 500), "test")
+    return ExpireGrant(WALLET, granted)
 
 
 def random_step(rng: random.Random, state: Pair) -> Operation | None:

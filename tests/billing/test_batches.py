@@ -11,8 +11,9 @@ from uuid import UUID
 
 import pytest
 
-from services.billing.ledger.book import Account, Period, Subject
-from services.billing.ledger.operations import Operation, Refund
+from services.billing.ledger.book import Account
+from services.billing.ledger.operations import Operation
+from services.billing.ledger.spending import Period, Subject
 from shared.errors import TollgateError
 from tests.billing.memory import MemoryLedger
 from tests.billing.side_by_side import KEYS, MEMBERS, PERIODS, START, TERMS, figures, pair, random_operation
@@ -47,9 +48,7 @@ class Wallets:
         """As the writer does it: what refunds need is read first, and all is written at the end."""
         journal = self.ledgers[WALLETS[0]].journal(now)
         for operation in operations:
-            if isinstance(operation, Refund):
-                ledger = self.ledgers[operation.wallet_id]
-                ledger.book.draws[operation.source_id] = ledger.draws(operation.source_id)
+            self.ledgers[operation.wallet_id].look_up(operation)
         for operation in operations:
             outcome: tuple[int, ...] | str
             try:

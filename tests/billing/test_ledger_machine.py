@@ -36,6 +36,7 @@ from services.billing.ledger.operations import (
     PlaceHold,
     Refund,
     Settle,
+    TakeBack,
     Void,
 )
 from services.billing.ledger.results import Extended, Result
@@ -83,6 +84,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.oracle = Oracle(TERMS)
         self.remembered: dict[str, Result | str] = {}
         self.charged: list[UUID] = []
+        self.granted: list[UUID] = []
 
     @initialize()
     def opened(self) -> None:
@@ -91,7 +93,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(target=done, amount=st.integers(1, 80), priority=st.sampled_from((10, 100)), days=st.sampled_from((0, 5, 9)))
     def grants(self, amount: int, priority: int, days: int) -> Operation:
         expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
-        return self.both(grant(self.org_id, amount, priority=priority, expires_at=expires_at))
+        operation = grant(self.org_id, amount, priority=priority, expires_at=expires_at)
+        self.granted.append(operation.account_id)
+        return self.both(operation)
+
+    @rule(target=done, which=st.integers(1, 5), total=st.integers(1, 80))
+    def takes_back(self, which: int, total: int) -> Operation:
+        granted = self.granted[-which] if which <= len(self.granted) else uuid7()
+        return self.both(TakeBack(*self.authored(), granted, total, "test"))
 
     @rule(
         target=holds,

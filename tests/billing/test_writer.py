@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
@@ -31,24 +29,16 @@ from tests.billing.harness import (
     SHARDS,
     SIGNUP_NANO,
     Ledger,
+    accepts,
     grant,
     kept_running,
     ledger_on,
     place,
+    session,
     settle,
     wait_until,
 )
 from tests.conftest import Components
-
-
-@asynccontextmanager
-async def session(ledger: Ledger) -> AsyncIterator[Any]:
-    """A writer's connection, of whoever."""
-    connection = await leadership.connect(ledger.url, timeout_s=10, statement_timeout_ms=30_000)
-    try:
-        yield connection
-    finally:
-        connection.terminate()
 
 
 async def epoch_of(ledger: Ledger, org_id: UUID) -> int:
@@ -78,10 +68,6 @@ async def test_a_second_writer_is_fenced_and_writes_nothing(ledger: Ledger, org_
         await answer
     assert await operations_of(ledger, org_id) == before
     assert (await ledger.wallet(org_id)).held == 1
-
-
-async def accepts(writer: ShardWriter) -> bool:
-    return writer.accepts
 
 
 async def test_a_leader_that_was_overtaken_leads_again_only_with_a_new_epoch(lonely_url: str, org_id: UUID) -> None:

@@ -2,6 +2,11 @@
 
 What was decided is in the books at once, and in the database after COMMIT. When anything fails in between, the books
 of the batch's wallets are forgotten: the next batch loads them anew.
+
+While PostgreSQL writes one batch, the next is decided ahead, on the books as the first one leaves them. Its own
+transaction begins after the first one's COMMIT and looks first, as ever: at the epoch, at every key, at what version
+its wallets are, at the prices. Only if all that is as the decision took it to be is it written; else it is taken back,
+and the batch is decided as if nothing had been.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from itertools import count
 from uuid import UUID
 
@@ -46,6 +52,7 @@ from shared.ids import is_service_account
 SIGNUP_SOURCE = "signup"
 PRICES_MAX = 100_000  # pairs of a model and a customer class that a writer remembers, those without a price too
 _RESOLVING = (Settle, Void, Heartbeat, ExtendHold, ExpireHold)
+_FORESEEABLE = frozenset({PlaceHold, Settle, Void, Heartbeat, ExtendHold})
 
 
 class Fenced(Exception):
@@ -65,6 +72,10 @@ class Pending:
     error: TollgateError | None = None
     outcome: str = ""
 
+    def decided(self, outcome: str, *, result: Result = None, error: TollgateError | None = None) -> None:
+        """What is answered once that is committed. An earlier decision is forgotten."""
+        self.outcome, self.result, self.error = outcome, result, error
+
 
 @dataclass(slots=True)
 class Memory:
@@ -74,6 +85,14 @@ class Memory:
     books: OrderedDict[UUID, Book] = field(default_factory=OrderedDict)
     prices: dict[tuple[str, str], list[Price]] = field(default_factory=dict)
     price_generation: int = 0
+    looked_at: datetime | None = None  # the database's clock at the last look, and this process's when it was answered
+    looked_s: float = 0.0
+
+    def now(self) -> datetime | None:
+        """The database's clock, or a little less."""
+        if self.looked_at is None:
+            return None
+        return self.looked_at + timedelta(seconds=time.monotonic() - self.looked_s)
 
     def forget(self, wallets: Iterable[UUID]) -> None:
         for wallet_id in wallets:
@@ -81,8 +100,9 @@ class Memory:
 
     def keep(self, books: Iterable[Book]) -> None:
         for book in books:
-            self.books[book.wallet_id] = book
-            self.books.move_to_end(book.wallet_id)
+            if not book.is_spoilt:
+                self.books[book.wallet_id] = book
+                self.books.move_to_end(book.wallet_id)
         while len(self.books) > self.wallets_max:
             self.books.popitem(last=False)
 
@@ -96,54 +116,131 @@ class Batch:
         """`careful` looks for holds of the same id in other wallets too; else their primary key ends the attempt."""
         self._connection = connection
         self._memory = memory
-        self._pendings = pendings
+        self.pendings = list(pendings)
         self._signup_credits = signup_credits
         self._careful = careful
-        self._wallets = list(dict.fromkeys(p.operation.wallet_id for p in pendings))
+        self._wallets: list[UUID] = []
         self._had_signup: set[UUID] = set()
         self._books: dict[UUID, Book] = {}
+        self._journal: Journal | None = None  # of what was decided ahead
+        self._ahead: dict[int, Pending] = {}  # those operations, by their `id()`
+        self._price_generation = memory.price_generation
 
-    async def run(self, shard: int, epoch: int) -> Journal:
-        """Raises Fenced, BookOutdated and whatever asyncpg does: nothing is written, or the COMMIT's answer is lost."""
+    def takes(self, pending: Pending) -> bool:
+        """Whether it may come in addition. With those decided ahead goes nothing for which their time is too early."""
+        return self._journal is None or type(pending.operation) in _FORESEEABLE
+
+    def decide_ahead(self) -> None:
+        """Decide what needs nothing from the database, before the transaction: `run` finds out whether it stands."""
+        now = self._memory.now()
+        if now is None or any(type(pending.operation) not in _FORESEEABLE for pending in self.pendings):
+            return
+        unknown = self._unknown()
+        self._price_generation = self._memory.price_generation
+        self._journal = journal = Journal(now, Ids(), self._memory.prices, UUID(int=0))
+        for pending in self.pendings:
+            wallet_id = pending.operation.wallet_id
+            if wallet_id not in unknown:
+                self._books[wallet_id] = self._memory.books[wallet_id]
+                self._ahead[id(pending)] = pending
+                self._apply(journal, pending)
+
+    def take_back(self) -> None:
+        """Forget what was decided ahead, with the books that it was decided on."""
+        for wallet_id, book in self._books.items():
+            book.is_spoilt = True
+            self._memory.books.pop(wallet_id, None)
+        for pending in self._ahead.values():
+            pending.decided("")
+        self._books, self._journal, self._ahead = {}, None, {}
+
+    async def run(self, shard: int, epoch: int, meanwhile: Callable[[], None] | None = None) -> Journal:
+        """`meanwhile` is called, at most once, while PostgreSQL writes: it may decide on these books ahead.
+
+        Raises Fenced, BookOutdated and whatever asyncpg does: nothing is written, or the COMMIT's answer is lost.
+        """
+        self._wallets = list(dict.fromkeys(p.operation.wallet_id for p in self.pendings))
         try:
             await self._connection.execute(repository.BEGIN)
             journal = await self._decided(shard, epoch)
             failpoints.reached("batch_decided")
+            # From here on the books may be further than this batch.
+            endings = [(book, book.ending()) for book in self._books.values()]
             if journal.books or journal.touched or journal.rows.operations or journal.rows.opened:
-                await write(self._connection, journal)
+                await self._write(journal, meanwhile)
             failpoints.reached("batch_written")
             await self._connection.execute("COMMIT;")
         except BaseException:
             self._memory.forget(self._wallets)
             raise
         failpoints.reached("batch_committed")
-        for book in self._books.values():
-            book.written()
+        for book, ending in endings:
+            book.written(ending)
         self._memory.keep(self._books.values())
         return journal
+
+    async def _write(self, journal: Journal, meanwhile: Callable[[], None] | None) -> None:
+        """`write` makes its rows before it waits for the first time, and only then is `meanwhile` called."""
+        called = asyncio.get_running_loop().call_soon(meanwhile) if meanwhile is not None else None
+        try:
+            await write(self._connection, journal)
+        finally:
+            if called is not None:
+                called.cancel()
 
     async def _decided(self, shard: int, epoch: int) -> Journal:
         look, remembered = await self._look(shard)
         if look.epoch != epoch:
             raise Fenced()
         failpoints.reached("batch_read")
-        left = [p for p in self._pendings if not self._recall(p, remembered.get(id(p)))]
-        await self._load_books(look)
+        self._memory.looked_at, self._memory.looked_s = look.now, time.monotonic()
+        if self._ahead and not self._stands(look, remembered):
+            self.take_back()
+        # One batch has one time: days' sums and usage, for one, must fall on the same side of midnight.
+        journal = self._journal or Journal(look.now, Ids(), self._memory.prices, UUID(int=0))
+        left = [p for p in self.pendings if id(p) not in self._ahead and not self._recall(p, remembered.get(id(p)))]
+        await self._load_books(look, journal.now)
         await self._load_details(left)
-        journal = Journal(look.now, Ids(), self._memory.prices, UUID(int=0))
         for pending in left:
             self._apply(journal, pending)
         return journal
 
+    def _unknown(self) -> set[UUID]:
+        """The wallets of which some operation needs what is not in memory, or was perhaps done before."""
+        memory, unknown, placed = self._memory, set[UUID](), set[tuple[UUID, UUID]]()
+        for operation in (pending.operation for pending in self.pendings):
+            book = memory.books.get(operation.wallet_id)
+            if book is None:
+                unknown.add(operation.wallet_id)
+            elif isinstance(operation, PlaceHold):
+                placed.add((operation.wallet_id, operation.hold_id))
+                pairs = ((operation.model, c) for c in customer_classes(operation.wallet_id, operation.plan))
+                if operation.hold_id in book.holds or not all(pair in memory.prices for pair in pairs):
+                    unknown.add(operation.wallet_id)
+            elif isinstance(operation, _RESOLVING) and (operation.wallet_id, operation.hold_id) not in placed:
+                hold = book.holds.get(operation.hold_id)
+                if hold is None or hold.resolution is not None:
+                    unknown.add(operation.wallet_id)
+        return unknown
+
+    def _stands(self, look: FirstLook, remembered: dict[int, Remembered]) -> bool:
+        """Whether the database is as what was decided ahead took it to be."""
+        if look.price_generation != self._price_generation or not remembered.keys().isdisjoint(self._ahead):
+            return False
+        return all(
+            book is None or version == (book.version, book.seq_written)
+            for book, version in zip(map(self._books.get, self._wallets), look.versions, strict=True)
+        )
+
     async def _look(self, shard: int) -> tuple[FirstLook, dict[int, Remembered]]:
         """What is remembered of the operations is by their `id()`."""
         keys, owners = [], []
-        for pending in self._pendings:
+        for pending in self.pendings:
             operation = pending.operation
             for key in pending.keys:
                 keys.append((operation.tenant, key))
                 owners.append(id(pending))
-        people = list({person for p in self._pendings if (person := self._newcomer(p.operation)) is not None})
+        people = list({person for p in self.pendings if (person := self._newcomer(p.operation)) is not None})
         signups = [(person, f"signup:{person}") for person in people]
         look = await repository.first_look(self._connection, shard, self._wallets, [*keys, *signups])
         self._had_signup = {people[n - len(keys)] for n in look.remembered if n >= len(keys)}
@@ -161,47 +258,46 @@ class Batch:
 
     def _recall(self, pending: Pending, found: Remembered | None) -> bool:
         """Whether the operation was done before; then this is its result."""
-        pending.result, pending.error, pending.outcome = None, None, ""
         if found is None:
             return False
-        pending.outcome = "replayed"
         if found.body_sha256 != pending.digest:
-            pending.error = IdempotencyMismatch()
+            pending.decided("replayed", error=IdempotencyMismatch())
         elif found.refusal is not None:
-            pending.error = REFUSALS[found.refusal](**json.loads(found.result))
+            pending.decided("replayed", error=REFUSALS[found.refusal](**json.loads(found.result)))
         else:
-            pending.result = result_from_json(found.kind, found.result)
+            pending.decided("replayed", result=result_from_json(found.kind, found.result))
         return True
 
-    async def _load_books(self, look: FirstLook) -> None:
+    async def _load_books(self, look: FirstLook, now: datetime) -> None:
         memory, missing = self._memory, []
         if look.price_generation != memory.price_generation or len(memory.prices) > PRICES_MAX:
             memory.prices.clear()
             memory.price_generation = look.price_generation
         for wallet_id, version in zip(self._wallets, look.versions, strict=True):
-            book = memory.books.get(wallet_id)
+            book = self._books.get(wallet_id) or memory.books.get(wallet_id)
             if book is not None and version == (book.version, book.seq_written):
                 self._books[wallet_id] = book
             elif version is not None:
+                memory.books.pop(wallet_id, None)  # nobody decides ahead on it
                 missing.append(wallet_id)
         if missing:
-            self._books.update(await repository.load_books(self._connection, missing, look.now))
+            self._books.update(await repository.load_books(self._connection, missing, now))
 
     async def _load_details(self, pendings: Sequence[Pending]) -> None:
         """Holds and refunded draws that are not in memory, and prices."""
-        hold_ids, prices, placed = set(), set(), set()
+        hold_ids, prices, placed = set(), set(), set[tuple[UUID, UUID]]()
         for pending in pendings:
             operation = pending.operation
             book = self._books.get(operation.wallet_id)
             if isinstance(operation, PlaceHold):
-                placed.add(operation.hold_id)
+                placed.add((operation.wallet_id, operation.hold_id))
                 if self._careful:
                     hold_ids.add(operation.hold_id)
                 for customer_class in customer_classes(operation.wallet_id, operation.plan):
                     if (operation.model, customer_class) not in self._memory.prices:
                         prices.add((operation.model, customer_class))
             elif isinstance(operation, _RESOLVING) and (book is None or operation.hold_id not in book.holds):
-                if operation.hold_id not in placed:
+                if (operation.wallet_id, operation.hold_id) not in placed:
                     hold_ids.add(operation.hold_id)
             elif isinstance(operation, Refund | TakeBack) and book is not None:
                 source_id = operation.source_id if isinstance(operation, Refund) else operation.grant_id
@@ -227,7 +323,7 @@ class Batch:
         book = self._books.get(operation.wallet_id)
         if book is None:
             if not operation.opens_wallet:
-                pending.error, pending.outcome = HoldNotFound(), HoldNotFound.default_code
+                pending.decided(HoldNotFound.default_code, error=HoldNotFound())
                 return
             book = self._books[operation.wallet_id] = Book(operation.wallet_id)
             book.open(journal)
@@ -237,9 +333,9 @@ class Batch:
         late = kernel.is_late(book, operation)
         journal.op_id = journal.next_id()
         try:
-            pending.result, pending.outcome = kernel.decide(journal, book, operation), "applied"
+            pending.decided("applied", result=kernel.decide(journal, book, operation))
         except TollgateError as e:
-            pending.error, pending.outcome = e, e.code
+            pending.decided(e.code, error=e)
             if e.code not in REFUSALS:
                 return
         if pending.keys:

@@ -31,13 +31,12 @@ from services.billing.ledger.rows import (
     TransferCode,
     WalletRow,
 )
+from services.billing.ledger.spending import Spending, Subject
 
 AccountKind = Literal["grant", "funding", "revenue", "receivable", "breakage"]
 SystemKind = Literal["funding", "revenue", "receivable", "breakage"]
 SYSTEM_KINDS: tuple[SystemKind, ...] = ("funding", "revenue", "receivable", "breakage")
-Subject = Literal["key", "member"]
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
-Period = Literal["day", "month"]
 
 
 @dataclass(slots=True)
@@ -124,44 +123,21 @@ class Hold:
         return Usage(row.input_tokens, row.cached_input_tokens, max(row.output_tokens, self.extended_to))
 
 
-@dataclass(slots=True)
-class Spending:
-    """What a key or a member with budgets has spent, by the calendar (UTC), and holds at present.
-
-    Its day never goes back: a clock that is set back over midnight gives nobody a day's budget twice.
-    """
-
-    limits: dict[Period, int]
-    today: date
-    day: int = 0
-    month: int = 0
-    held: int = 0
-
-    def room(self, today: date) -> int:
-        """What it may still hold; negative when a budget was lowered."""
-        self._turn(today)
-        spent = {"day": self.day, "month": self.month}
-        return min(limit - spent[period] for period, limit in self.limits.items()) - self.held
-
-    def add(self, cost: int, today: date) -> None:
-        self._turn(today)
-        self.day += cost
-        self.month += cost
-
-    def _turn(self, today: date) -> None:
-        if today <= self.today:
-            return
-        if (today.year, today.month) != (self.today.year, self.today.month):
-            self.month = 0
-        self.day, self.today = 0, today
-
-
 class Draw(NamedTuple):
     """A transfer that took something for a hold or a charge, or gave it back (`refund`)."""
 
     account_id: UUID
     amount: int
     code: TransferCode
+
+
+class Ending(NamedTuple):
+    """How a batch leaves a book: where it is once that is committed, and which holds and grants are done for then."""
+
+    seq: int
+    is_frozen: bool
+    resolved: list[UUID]
+    spent: set[UUID]
 
 
 @dataclass(slots=True)
@@ -229,6 +205,7 @@ class Book:
     seq_written: int = 0
     frozen_written: bool = False
     is_new: bool = False
+    is_spoilt: bool = False  # holds what was decided and never written
 
     def available(self, now: datetime) -> int:
         """What a hold may take now."""
@@ -376,15 +353,20 @@ class Book:
         self.order.sort(key=Grant.order)
         self.balance += grant.account.left
 
-    def written(self) -> None:
-        """The batch is committed: what is done for, of its holds and of the grants, is only in the database now."""
-        self.is_new, self.seq_written, self.frozen_written = False, self.seq, self.is_frozen
-        if any(grant.account.credits_posted == grant.account.debits_posted for grant in self.order):
-            self.order = [grant for grant in self.order if grant.account.left > 0]
+    def ending(self) -> Ending:
+        """The end of a batch's decisions. What is decided from here on belongs to the next one."""
+        resolved, self.resolved = self.resolved, []
+        spent = {grant.account.id for grant in self.order if grant.account.left == 0}
+        return Ending(self.seq, self.is_frozen, resolved, spent)
+
+    def written(self, ending: Ending) -> None:
+        """The batch that ended so is committed: what is done for is only in the database now."""
+        self.is_new, self.seq_written, self.frozen_written = False, ending.seq, ending.is_frozen
+        if ending.spent:
+            self.order = [grant for grant in self.order if grant.account.id not in ending.spent]
             self.grants = {grant.account.id: grant for grant in self.order}
-        for hold_id in self.resolved:
+        for hold_id in ending.resolved:
             self.holds.pop(hold_id, None)
-        self.resolved.clear()
         self.draws.clear()
         self.foreign.clear()
 

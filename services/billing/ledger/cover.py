@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from services.billing.domain import INT8_MAX, PriceTerms, Usage
 from services.billing.errors import BudgetExceeded, CreditsReserved, InsufficientCredits
-from services.billing.ledger.book import Book, Hold, Journal, Spending
+from services.billing.ledger.book import Book, Hold, Journal
+from services.billing.ledger.spending import Spending
 
 CREDITS_RESERVED_RETRY_S = 2
 

@@ -12,6 +12,7 @@ Failpoint = Literal[
     "batch_taken",  # operations have left the queue; nothing was asked of PostgreSQL
     "batch_read",  # epoch, operations and wallets were read, in the open transaction
     "batch_decided",  # the kernel has decided; nothing is written
+    "batch_ahead",  # the next batch is decided, while this one is being written
     "batch_written",  # everything is written; COMMIT was not sent
     "batch_committed",  # COMMIT was acknowledged; no caller has been answered
     "batch_answered",  # callers' futures are resolved; no answer has left the process

@@ -2,10 +2,13 @@
 
     queue → batch (as many as are there, at once) → transaction → answers
 
+One transaction is under way at a time. While PostgreSQL writes it, the next batch is decided ahead (batch.py).
+
 Failure modes:
 - The connection breaks, or PostgreSQL restarts, or gives the transaction up: nothing was written, or all of it was and
   the acknowledgement was lost. The batch goes back to the head of the queue; the next leader of the shard, mostly this
-  process on a new connection, sends it again, and finds by its keys what was done.
+  process on a new connection, sends it again, and finds by its keys what was done. What was decided ahead behind it is
+  taken back, and its operations follow.
 - Another process leads the shard: whoever waits here is told so (`NotLeading`) and goes there (shards.py).
 - One operation cannot be written: the batch's operations are tried one by one, and only that one fails.
 - The caller goes away: the operation is done all the same. A caller that comes again with the same operation
@@ -18,8 +21,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Protocol
 from uuid import UUID
 
@@ -69,7 +74,7 @@ class WriterLimits:
 
     operation_timeout_s: float = 15.0
     operations_in_flight_max: int = 10_000
-    batch_operations_max: int = 1_000
+    batch_operations_max: int = 256
     attempts_max: int = 5
     expiry_interval_s: float = 0.25
     wallets_in_memory_max: int = 20_000
@@ -91,6 +96,7 @@ class ShardWriter:
         self._memory = Memory(limits.wallets_in_memory_max)
         self._queue: list[Pending] = []
         self._in_flight: Sequence[Pending] = ()
+        self._ahead: Batch | None = None
         self._under_way: dict[tuple[UUID, str], Pending] = {}
         self._wake = asyncio.Event()
 
@@ -112,6 +118,8 @@ class ShardWriter:
             self._add(Pending(operation, keys, digest, 0), answer)
             self._under_way[key] = self._queue[-1]
         elif first.digest == digest:
+            if not first.waiters:  # told that it takes too long, they come again
+                first.deadline_s = time.monotonic() + self._limits.operation_timeout_s
             first.waiters.append(answer)
         else:
             self._count(operation.kind, IdempotencyMismatch.default_code)
@@ -130,7 +138,7 @@ class ShardWriter:
     @property
     def waiting(self) -> int:
         """Operations that have no answer yet."""
-        return len(self._queue) + len(self._in_flight)
+        return len(self._queue) + len(self._in_flight) + (len(self._ahead.pendings) if self._ahead else 0)
 
     async def serve(self, connection: Connection, epoch: int, until: asyncio.Event) -> None:
         """Apply what comes, until the event. Raises Fenced, or what broke the connection; nothing is lost then."""
@@ -146,10 +154,11 @@ class ShardWriter:
                     raise asyncpg.ConnectionDoesNotExistError("the writer's session has ended")
                 await self._wake.wait()
                 self._wake.clear()
-                while self._queue and not until.is_set():
+                while (self._queue or self._ahead) and not until.is_set():
                     await self._take(connection, epoch)
         finally:
             stopping.cancel()
+            self._take_back()
 
     def release(self) -> None:
         """Somebody else leads: whoever waits here has to go there."""
@@ -162,34 +171,81 @@ class ShardWriter:
         """Tell those who have waited too long, for ever. What is in flight may still be applied."""
         while True:
             await asyncio.sleep(self._limits.expiry_interval_s)
-            now = time.monotonic()
-            late = [p for p in (*self._in_flight, *self._queue) if p.deadline_s <= now and p.waiters]
-            for pending in late:
+            self.tell_late()
+
+    def tell_late(self) -> None:
+        """Once. Whoever comes again for what is in flight waits for that: it is never there twice."""
+        now = time.monotonic()
+        ahead = self._ahead.pendings if self._ahead else ()
+        for pending in (*self._in_flight, *ahead, *self._queue):
+            if pending.deadline_s <= now and pending.waiters:
                 self._count(pending.operation.kind, LedgerUnavailable.default_code)
-                self._fail(pending, LedgerUnavailable(detail="operation_timeout_s is over", retry_after_s=1))
-            self._queue = [p for p in self._queue if p.waiters]
+                self._refuse(pending, LedgerUnavailable(detail="operation_timeout_s is over", retry_after_s=1))
+        self._queue = self._wanted(self._queue)
+
+    def _wanted(self, pendings: Iterable[Pending]) -> list[Pending]:
+        """Those that somebody waits for still; the others are not in flight any more, and never will be."""
+        wanted = []
+        for pending in pendings:
+            if pending.waiters:
+                wanted.append(pending)
+            else:
+                self._done(pending)
+        return wanted
 
     async def _take(self, connection: Connection, epoch: int) -> None:
-        size = self._limits.batch_operations_max
-        batch, self._queue = self._queue[:size], self._queue[size:]
-        self._in_flight = batch
+        attempt, self._ahead = self._ahead or self._batch(connection, ()), None
+        attempt.pendings += self._next(self._limits.batch_operations_max - len(attempt.pendings), attempt.takes)
+        batch = self._in_flight = attempt.pendings
         failpoints.reached("batch_taken")
         try:
-            await self._durably(connection, epoch, batch)
+            await self._durably(connection, epoch, attempt)
         except BaseException:
-            self._queue = [p for p in batch if p.waiters] + self._queue
+            self._take_back()
+            self._queue = self._wanted(batch) + self._queue
             raise
         finally:
             self._in_flight = ()
 
-    async def _durably(self, connection: Connection, epoch: int, batch: Sequence[Pending]) -> None:
-        """All at once; if that cannot be written, each on its own."""
+    def _next(self, size: int, fits: Callable[[Pending], bool] = lambda _: True) -> list[Pending]:
+        """As many as that from the head of the queue, up to the first that does not fit."""
+        found = list(takewhile(fits, self._queue[:size]))
+        self._queue = self._queue[len(found) :]
+        return found
+
+    def _batch(self, connection: Connection, pendings: Sequence[Pending], *, careful: bool = False) -> Batch:
+        return Batch(connection, self._memory, pendings, signup_credits=self._signup_credits, careful=careful)
+
+    def _look_ahead(self, connection: Connection) -> None:
+        """Decide what is in the queue now, on the assumption that the batch which is being written will be."""
+        if not self._queue:
+            return
+        ahead = self._batch(connection, self._next(self._limits.batch_operations_max))
+        self._ahead = ahead
         try:
-            await self._attempt(connection, epoch, batch, careful=False)
+            ahead.decide_ahead()
+        except Exception:
+            log.exception("ahead_failed", shard=self.shard)  # its own transaction will tell whose fault it is
+            ahead.take_back()
+        failpoints.reached("batch_ahead")
+
+    def _take_back(self) -> None:
+        """What was decided ahead is not to be: its operations are the next of the queue."""
+        if self._ahead is not None:
+            self._ahead.take_back()
+            self._queue = self._wanted(self._ahead.pendings) + self._queue
+            self._ahead = None
+
+    async def _durably(self, connection: Connection, epoch: int, attempt: Batch) -> None:
+        """All at once; if that cannot be written, each on its own."""
+        batch = attempt.pendings
+        try:
+            await self._attempt(epoch, attempt, partial(self._look_ahead, connection))
             return
         except _LOST:
             raise
         except Exception as e:  # noqa: BLE001 - whatever it is, it is one operation's, and its own attempt will tell
+            self._take_back()
             log.warning("batch_divided", shard=self.shard, operations=len(batch), cause=type(e).__name__)
             await connection.execute("ROLLBACK")
         for pending in batch:
@@ -198,7 +254,7 @@ class ShardWriter:
     async def _alone(self, connection: Connection, epoch: int, pending: Pending) -> None:
         for attempt in range(1, self._limits.attempts_max + 1):
             try:
-                await self._attempt(connection, epoch, [pending], careful=True)
+                await self._attempt(epoch, self._batch(connection, [pending], careful=True))
                 return
             except _LOST:
                 raise
@@ -215,11 +271,10 @@ class ShardWriter:
         self._count(pending.operation.kind, Internal.default_code)
         self._fail(pending, Internal(detail=type(cause).__name__))
 
-    async def _attempt(self, connection: Connection, epoch: int, batch: Sequence[Pending], *, careful: bool) -> None:
-        attempt = Batch(connection, self._memory, batch, signup_credits=self._signup_credits, careful=careful)
-        journal = await attempt.run(self.shard, epoch)
-        self._answer(batch)
-        self._measure(batch, journal)
+    async def _attempt(self, epoch: int, attempt: Batch, meanwhile: Callable[[], None] | None = None) -> None:
+        journal = await attempt.run(self.shard, epoch, meanwhile)
+        self._answer(attempt.pendings)
+        self._measure(attempt.pendings, journal)
         failpoints.reached("batch_answered")
 
     def _answer(self, batch: Sequence[Pending]) -> None:
@@ -235,6 +290,9 @@ class ShardWriter:
 
     def _fail(self, pending: Pending, error: TollgateError) -> None:
         self._done(pending)
+        self._refuse(pending, error)
+
+    def _refuse(self, pending: Pending, error: TollgateError) -> None:
         for waiter in pending.waiters:
             if not waiter.done():
                 waiter.set_exception(error)

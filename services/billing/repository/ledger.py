@@ -13,8 +13,9 @@ from typing import Any
 from uuid import UUID
 
 from services.billing.domain import Price, PriceTerms, Usage
-from services.billing.ledger.book import Account, Book, Draw, Grant, Hold, Slice, Spending
+from services.billing.ledger.book import Account, Book, Draw, Grant, Hold, Slice
 from services.billing.ledger.rows import HoldRow
+from services.billing.ledger.spending import Spending
 from services.billing.repository.database import Connection
 
 # Locked first, so that whoever locks the table knows that no writer holds anything else and waits for it.

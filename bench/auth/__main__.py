@@ -266,18 +266,21 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="to 10⁶ users, and the migrations on as many")
     full = parser.parse_args().full
     threads, cores = service.setting("threads"), len(os.sched_getaffinity(0))
+    *smaller, most = SIZES_FULL if full else SIZES
     with service.stores() as stores:
-        owner_url = stores.database("bench")
-        service.migrate(owner_url)
-        sizes = asyncio.run(growth.lookups(owner_url, SIZES_FULL if full else SIZES))
+        small, owner_url = stores.database("small"), stores.database("bench")
+        service.migrate(small)
+        sizes = asyncio.run(growth.lookups(small, smaller))
+        migrated = growth.migrations(owner_url, most)
+        sizes += asyncio.run(growth.lookups(owner_url, [most], present=most))
+        print(*(report.table(rows) for rows in (sizes, [migrated])), sep="\n\n", flush=True)
         with service.serving(owner_url, stores.redis_url, threads=threads) as running:
             logins_seen = [asyncio.run(compared(running, threads))]
             latencies, flood = asyncio.run(flooded(running, owner_url))
         if cores != threads:
             with service.serving(owner_url, stores.redis_url, threads=cores) as running:
                 logins_seen.append(asyncio.run(compared(running, cores)))
-        migrated = growth.migrations(stores, SIZES_FULL[-1] if full else SIZES[-1])
-    print(*(report.table(rows) for rows in (logins_seen, [flood], sizes, [migrated])), sep="\n\n")
+    print(*(report.table(rows) for rows in (logins_seen, [flood])), sep="\n\n")
     found = aims(logins_seen[0], flood, latencies, sizes, migrated)
     name = "auth-full" if full else "auth"
     report.write(name, latencies, found, login=logins_seen, flood=flood, growth=sizes, migrations=migrated)

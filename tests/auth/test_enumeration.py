@@ -83,7 +83,7 @@ async def test_every_failed_sign_in_asks_the_same_of_the_database_and_of_argon2(
 
 
 @pytest.mark.torture
-@pytest.mark.timeout(1_800)
+@pytest.mark.timeout(7_200)
 async def test_no_kind_of_name_takes_longer_than_another(owner_url: str, components: Components) -> None:
     """In turns and in random order, so that whatever else runs slows all of them alike; with the real parameters."""
     many: dict[str, Any] = {

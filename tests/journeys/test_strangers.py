@@ -4,9 +4,10 @@ import gzip
 import json
 import random
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.core.result import Ok
 
+from deploy.local.seed import run_module
 from tests.journeys.conftest import until
 from tests.journeys.people import User, asking, from_elsewhere
 from tests.running_stack import RunningStack
@@ -69,13 +71,35 @@ def attack(operation: Any, answer: Callable[[Any], httpx.Response], examples: in
     return statuses
 
 
-@pytest.mark.torture
-@pytest.mark.timeout(7_200)
-@pytest.mark.parametrize("examples", [1, LONG_EXAMPLES])
-def test_whatever_the_document_allows_or_forbids_breaks_nothing(
-    stack: RunningStack, unhurried_user: User, examples: int
-) -> None:
-    session = unhurried_user.session.headers["authorization"]
+class Caller(NamedTuple):
+    """Whose key and session a stranger's request carries."""
+
+    key: str
+    session: str
+
+    def authorization(self, path: str) -> str:
+        return f"Bearer {self.session if path.startswith('/api/v1/auth/') else self.key}"
+
+
+@pytest.fixture
+def administrator(stack: RunningStack) -> Caller:
+    """One of the test's own, whose limits nobody else draws on."""
+    name, password = f"admin-{secrets.token_hex(6)}", secrets.token_urlsafe(18)
+    named = ("--username", name, "--email", f"{name}@example.com", "--key-name", name)
+    limits = [f"--limit={window}=10000" for window in ("minute", "hour", "day")]
+    printed = run_module(
+        stack.stack.layout,
+        ("services.auth", "bootstrap", *named, "--role", "admin", *limits),
+        {**stack.stack.services.administration("auth"), "TOLLGATE_BOOTSTRAP_PASSWORD": password},
+    )
+    with httpx.Client(base_url=stack.url, timeout=TIMEOUT_S, transport=from_elsewhere()) as anonymous:
+        tokens = anonymous.post("/api/v1/auth/login", json={"username": name, "password": password})
+    assert tokens.status_code == 200, tokens.text
+    return Caller(json.loads(printed.strip().splitlines()[-1])["key"], tokens.json()["access_token"])
+
+
+def assault(stack: RunningStack, caller: Caller, examples: int, only: str = "/") -> Counter[int]:
+    """Requests to every operation whose path begins so, with the caller's credentials; their statuses."""
     statuses: Counter[int] = Counter()
     broken: list[str] = []
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False, transport=from_elsewhere()) as client:
@@ -84,22 +108,44 @@ def test_whatever_the_document_allows_or_forbids_breaks_nothing(
             sent = case.as_transport_kwargs(base_url=stack.url)
             made_up = (sent.get("headers") or {}).items()  # credentials, too; some are no header at all
             headers = {name: str(value).strip() for name, value in made_up if name.lower() != "authorization"}
-            is_key_enough = not case.path.startswith("/api/v1/auth/")
-            headers["authorization"] = f"Bearer {unhurried_user.key}" if is_key_enough else session
+            headers["authorization"] = caller.authorization(case.path)
             body: dict[str, Any] = {"json": sent["json"]} if "json" in sent else {}
             if (data := sent.get("data")) is not None:
                 body = {"content" if isinstance(data, bytes | str) else "data": data}
             return client.request(sent["method"], sent["url"], params=sent.get("params"), headers=headers, **body)
 
         for operation in operations(stack):
-            try:
-                statuses += attack(operation, answer, examples)
-            except AssertionError as e:
-                broken.append(str(e)[:1_000])
-    print(f"{statuses.total()} requests to every operation of the document: {dict(statuses)}")
+            if operation.path.startswith(only):
+                try:
+                    statuses += attack(operation, answer, examples)
+                except AssertionError as e:
+                    broken.append(str(e)[:1_000])
+    print(f"{statuses.total()} requests to operations of {only}: {dict(statuses)}")
     assert broken == []
-    assert statuses.total() > 60
     assert statuses[401] < statuses.total() // 2  # it was let in, mostly
+    return statuses
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(7_200)
+@pytest.mark.parametrize("examples", [1, LONG_EXAMPLES])
+def test_whatever_the_document_allows_or_forbids_breaks_nothing(
+    stack: RunningStack, unhurried_user: User, examples: int
+) -> None:
+    session = unhurried_user.session.headers["authorization"].removeprefix("Bearer ")
+    assert assault(stack, Caller(unhurried_user.key, session), examples).total() > 60
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [1, pytest.param(LONG_EXAMPLES, marks=(pytest.mark.torture, pytest.mark.timeout(7_200)))],
+)
+def test_nothing_that_only_an_administrator_may_ask_breaks_anything(
+    stack: RunningStack, administrator: Caller, examples: int
+) -> None:
+    statuses = assault(stack, administrator, examples, "/api/v1/admin/")
+    assert statuses.total() > 15
+    assert statuses[403] == 0
 
 
 def test_a_compressed_body_is_refused_and_never_inflated(unhurried_user: User) -> None:

@@ -12,7 +12,7 @@ from services.auth.domain import (
     covers,
     merge_limits,
 )
-from services.auth.domain.fields import valid_email
+from services.auth.domain.fields import valid_email, valid_limit
 from services.auth.errors import LimitAbovePlan, ScopeNotHeld
 
 PLAN = {"minute": 60, "hour": 1000, "day": 10000, "concurrency": 16, "tokens_per_minute": 5000}
@@ -74,3 +74,10 @@ def test_the_domain_of_an_address_is_folded_and_its_local_part_is_kept() -> None
 def test_malformed_addresses_are_refused(address: str) -> None:
     with pytest.raises(ValueError, match="valid e-mail"):
         valid_email(address)
+
+
+@pytest.mark.parametrize("limit", ["minute", "minute=", "minute=0", "minute=1e3", "minute=9999999", "week=1", "=5"])
+def test_a_limit_of_the_command_line_is_a_known_name_and_a_number_within_its_bound(limit: str) -> None:
+    assert valid_limit("minute=600") == ("minute", 600)
+    with pytest.raises(ValueError, match="such as minute=600"):
+        valid_limit(limit)

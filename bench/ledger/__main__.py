@@ -58,9 +58,9 @@ class Bench:
 
     def _tpcb(self, scale: int) -> float:
         say(f"pgbench -s {scale}")
-        tps, mean_ms = tpcb.run(self.server, scale, int(self.seconds))
-        self._figure(f"pgbench TPC-B -s {scale} -c {tpcb.CLIENTS}", tps, mean_ms=mean_ms)
-        return tps
+        found = tpcb.run(self.server, scale, int(self.seconds))
+        self._figure(f"pgbench TPC-B -s {scale} -c {tpcb.CLIENTS}", found.tps, tpcb=found)
+        return found.tps
 
     def _kernel(self) -> None:
         say("kernel")
@@ -128,7 +128,7 @@ class Bench:
         async def go() -> load.Result:
             async with target() as pair:
                 return await load.closed(
-                    pair, popularity, clients=CLIENTS, seconds=self.seconds, server_cpu_s=self.server.cpu_s
+                    pair, popularity, clients=CLIENTS, seconds=self.seconds, server=self.server.spent
                 )
 
         return uvloop.run(go())
@@ -149,18 +149,27 @@ class Bench:
         found: load.Result | None = None,
         half: load.Result | None = None,
         *,
-        mean_ms: float | None = None,
+        tpcb: tpcb.Found | None = None,
         billing_cpu_us: float | None = None,
     ) -> None:
+        if tpcb is not None:
+            server, cpu_us = tpcb.server, (tpcb.cpu_s + tpcb.server.cpu_s) * 1e6
+        elif found is not None:
+            server, cpu_us = found.server.each(found.operations), found.cpu_us_per_operation
+        else:
+            server, cpu_us = None, None
         row: dict[str, Any] = {
             "load": name,
             "ops_per_s": operations_per_s,
-            "mean_ms": mean_ms if mean_ms is not None else "",
+            "mean_ms": tpcb.mean_ms if tpcb else "",
             "pair_p50_ms": found.latency_ms(0.5) if found else "",
             "pair_p99_ms": found.latency_ms(0.99) if found else "",
             "half_p50_ms": half.latency_ms(0.5) if half else "",
             "half_p99_ms": half.latency_ms(0.99) if half else "",
-            "cpu_us_op_all": found.cpu_us_per_operation if found else "",
+            "cpu_us_op_all": cpu_us if cpu_us is not None else "",
+            "pg_cpu_us_op": server.cpu_s * 1e6 if server else "",
+            "wal_bytes_op": server.wal_bytes if server else "",
+            "fsyncs_op": server.wal_fsyncs if server else "",
             "cpu_us_pair": found.cpu_us_per_pair if found else "",
             "billing_cpu_us_pair": billing_cpu_us if billing_cpu_us is not None else "",
         }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from uuid import UUID
 
+from bench.ledger.spent import Spent
 from bench.report import percentile
 
 OPERATIONS_PER_PAIR = 2
@@ -26,12 +27,16 @@ class Result:
     pairs: int = 0
     seconds: float = 0.0
     cpu_s: float = 0.0
-    server_cpu_s: float = 0.0
+    server: Spent = field(default_factory=Spent)
     pair_ms: list[float] = field(default_factory=list)
 
     @property
+    def operations(self) -> int:
+        return self.pairs * OPERATIONS_PER_PAIR
+
+    @property
     def operations_per_s(self) -> float:
-        return self.pairs * OPERATIONS_PER_PAIR / self.seconds if self.seconds else 0.0
+        return self.operations / self.seconds if self.seconds else 0.0
 
     @property
     def cpu_us_per_pair(self) -> float:
@@ -41,7 +46,7 @@ class Result:
     @property
     def cpu_us_per_operation(self) -> float:
         """Processor time of this process and of the database: what a busy machine does not blur."""
-        return (self.cpu_s + self.server_cpu_s) / (self.pairs * OPERATIONS_PER_PAIR) * 1e6 if self.pairs else 0.0
+        return (self.cpu_s + self.server.cpu_s) / self.operations * 1e6 if self.pairs else 0.0
 
     def latency_ms(self, share: float) -> float:
         return percentile(self.pair_ms, share)
@@ -68,7 +73,7 @@ async def closed(
     *,
     clients: int,
     seconds: float,
-    server_cpu_s: Callable[[], float],
+    server: Callable[[], Spent],
     warm_up_s: float = 2.0,
 ) -> Result:
     """So many clients, each with one pair at a time. What happens in the first `warm_up_s` does not count."""
@@ -86,11 +91,11 @@ async def closed(
         for _ in range(clients):
             group.create_task(client())
         await asyncio.sleep(warm_up_s)
-        began_s, cpu_s, of_server_s, counting = time.perf_counter(), _cpu_s(), server_cpu_s(), True
+        of_server, began_s, cpu_s, counting = server(), time.perf_counter(), _cpu_s(), True
         await asyncio.sleep(seconds)
         counting = False
         result.seconds, result.cpu_s = time.perf_counter() - began_s, _cpu_s() - cpu_s
-        result.server_cpu_s = server_cpu_s() - of_server_s
+        result.server = server() - of_server
         stopping = True
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import os
 import shutil
 import subprocess
@@ -16,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import asyncpg
 
+from bench.ledger.spent import Spent, spent
 from deploy.local.ports import pick_port
 from deploy.local.postgres import SUPERUSER, Postgres
 from deploy.local.stack import Stack
@@ -28,6 +28,7 @@ from services.billing.repository.database import Database, DatabaseLimits
 from services.billing.repository.verification import verify
 from services.billing.service import Prices
 from shared.clock import SystemClock
+from shared.database import dsn
 from shared.identity import IdentityRing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,24 +53,28 @@ class Server:
     def superuser_url(self) -> str:
         return self.postgres.url(user=SUPERUSER)
 
-    def cpu_s(self) -> float:
-        """Processor time of its processes that run now: compare while the same connections are open."""
-        postmaster = psutil.Process(int((self.postgres.data / "postmaster.pid").read_text().split()[0]))
-        total = 0.0
-        for process in postmaster.children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += sum(process.cpu_times()[:2])
-        return total
+    def spent(self) -> Spent:
+        """What it has used so far."""
+        return spent(self.postgres)
 
     def settle_down(self) -> None:
         """Statistics, visibility and checkpoint as they are in a database that has run for a while."""
-        self.postgres.execute("VACUUM ANALYZE", database="tollgate")
-        self.postgres.execute("CHECKPOINT")
+        asyncio.run(self._maintain("VACUUM ANALYZE", "CHECKPOINT"))
 
     def check(self) -> None:
-        """Raise AssertionError unless all books add up."""
+        """Raise AssertionError unless all books add up. A wallet may have grown a thousandfold since the statistics."""
+        asyncio.run(self._maintain("ANALYZE"))
         report = asyncio.run(verify(self.url()))
         assert report.is_clean, "\n".join(report.lines())
+
+    async def _maintain(self, *statements: str) -> None:
+        """However long it takes: of 10⁷ transfers it takes minutes."""
+        connection = await asyncpg.connect(dsn(self.superuser_url))
+        try:
+            for statement in statements:
+                await connection.execute(statement, timeout=None)
+        finally:
+            await connection.close()
 
     @contextmanager
     def billing(self) -> Iterator[tuple[str, int]]:

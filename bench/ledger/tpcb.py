@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench.ledger.server import Server
+from bench.ledger.spent import Spent
 from deploy.local.postgres import OWNER, binaries
 
 CLIENTS = 64
@@ -34,17 +37,36 @@ def find() -> Path:
     return Path(found)
 
 
-def run(server: Server, scale: int, seconds: int) -> tuple[float, float]:
-    """TPC-B with prepared statements and 64 clients: transactions a second, mean latency in milliseconds."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One run; of one transaction, pgbench's processor time (`cpu_s`) and what it took of the server."""
+
+    tps: float
+    mean_ms: float
+    cpu_s: float
+    server: Spent
+
+
+def run(server: Server, scale: int, seconds: int) -> Found:
+    """TPC-B with prepared statements and 64 clients."""
     program = find()
     server.postgres.execute(f"DROP DATABASE IF EXISTS {DATABASE}")
     server.postgres.execute(f"CREATE DATABASE {DATABASE} OWNER {OWNER}")
     _pgbench(server, program, "-i", "-q", "-s", str(scale), timeout_s=INIT_TIMEOUT_S)
     server.postgres.execute("CHECKPOINT")
     arguments = ("-M", "prepared", "-c", str(CLIENTS), "-j", str(THREADS), "-T", str(seconds))
+    before, cpu_s = server.spent(), _children_cpu_s()
     output = _pgbench(server, program, *arguments, timeout_s=seconds + INIT_TIMEOUT_S)
+    cpu_s, spent = _children_cpu_s() - cpu_s, server.spent() - before
     server.postgres.execute(f"DROP DATABASE {DATABASE}")
-    return _figure(r"tps = ([\d.]+)", output), _figure(r"latency average = ([\d.]+) ms", output)
+    done = _figure(r"actually processed: (\d+)", output)
+    tps, mean_ms = _figure(r"tps = ([\d.]+)", output), _figure(r"latency average = ([\d.]+) ms", output)
+    return Found(tps, mean_ms, cpu_s / max(done, 1), spent.each(done))
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _figure(pattern: str, output: str) -> float:

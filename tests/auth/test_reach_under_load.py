@@ -15,6 +15,7 @@ from tests.gateway.harness import Gateway, gateway
 
 GATEWAYS, BUSY_CLIENTS = 3, 6
 EXPIRING_KEYS, EXPIRE_IN_S = 20, 60
+LONG = {"auth_access_token_ttl_s": 86_400}  # a long run outlives the quarter of an hour that tokens have
 Change = Callable[[Front], Awaitable[tuple[str, Callable[[], Awaitable[None]], int]]]
 
 
@@ -115,7 +116,7 @@ async def in_force_after_s(whole: Front, gateways: list[Gateway], change: Change
 async def test_every_change_is_in_force_at_every_busy_gateways_next_request(
     owner_url: str, components: Components
 ) -> None:
-    async with front(owner_url, components.redis_url) as whole, busy(whole) as gateways:
+    async with front(owner_url, components.redis_url, **LONG) as whole, busy(whole) as gateways:
         for change in CHANGES:
             await in_force_after_s(whole, gateways, change)
 
@@ -124,7 +125,7 @@ async def test_every_change_is_in_force_at_every_busy_gateways_next_request(
 @pytest.mark.timeout(7_200)
 async def test_the_worst_of_many_changes_takes_less_than_a_second(owner_url: str, components: Components) -> None:
     """Changes, gateways and load share the machine with this process: the figure is the whole of it."""
-    async with front(owner_url, components.redis_url) as whole, busy(whole) as gateways:
+    async with front(owner_url, components.redis_url, **LONG) as whole, busy(whole) as gateways:
         taken = {
             change.__name__: sorted([await in_force_after_s(whole, gateways, change) for _ in range(60)])
             for change in CHANGES
@@ -137,7 +138,7 @@ async def test_the_worst_of_many_changes_takes_less_than_a_second(owner_url: str
 @pytest.mark.torture
 @pytest.mark.timeout(7_200)
 async def test_no_busy_gateway_takes_a_key_after_it_expired(owner_url: str, components: Components) -> None:
-    async with front(owner_url, components.redis_url) as whole, busy(whole) as gateways:
+    async with front(owner_url, components.redis_url, **LONG) as whole, busy(whole) as gateways:
         user = await whole.user()
         ends_at = whole.auth.clock.now() + timedelta(seconds=EXPIRE_IN_S)
         body = {"scopes": ["models"], "expires_at": ends_at.isoformat()}

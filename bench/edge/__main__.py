@@ -117,7 +117,7 @@ def aims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.edge", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--only", default="", help="names of contenders, separated by semicolons")
     parser.add_argument("--with-litellm", action="store_true", help="fetch LiteLLM's proxy and measure it too")
     parser.add_argument("--with-sglang", action="store_true", help="fetch sglang-router and measure it too")

@@ -177,7 +177,9 @@ async def surroundings(components: Components) -> AsyncIterator[Surroundings]:
 
 @contextlib.asynccontextmanager
 async def run_chat(around: Surroundings, limits: dict[str, int]) -> AsyncIterator[Chat]:
-    """A chat service of these limits over the doubles."""
+    """A chat service of these limits over the doubles, which are well again, whatever the test before asked of them."""
+    around.engine.reset()
+    around.ledger.reset()
     settings = ChatSettings.model_validate({**around.settings, **limits})
     async with AsyncExitStack() as stack:
         service = await build(settings, stack, Readiness())
@@ -206,8 +208,6 @@ async def running(surroundings: Surroundings) -> AsyncIterator[Chat]:
 
 @pytest.fixture(scope="session")
 async def running_hasty(surroundings: Surroundings) -> AsyncIterator[Chat]:
-    surroundings.engine.reset()
-    surroundings.ledger.reset()
     async with run_chat(surroundings, HASTY) as chat:
         yield chat
 

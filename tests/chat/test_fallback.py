@@ -88,7 +88,6 @@ def test_a_build_that_was_loaded_anew_begins_without_failures() -> None:
 @pytest.fixture
 async def sensitive(surroundings: Surroundings) -> AsyncIterator[Chat]:
     """One failure, and a build is left alone for longer than any test."""
-    surroundings.engine.reset()
     async with run_chat(surroundings, {**PATIENT, "chat_breaker_failures_max": 1, "chat_breaker_pause_ms": 10**9}) as c:
         yield c
         surroundings.catalogue.lost.clear()

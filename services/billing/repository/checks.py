@@ -219,22 +219,25 @@ HOLDS = (
         LEFT JOIN billing.usage u ON u.hold_id = h.id AND u.part = 0
     WHERE h.id > $1 AND h.id <= $2 AND coalesce(r.kind, 'open') <> 'expire'
         AND (coalesce(r.kind, 'open') = 'post') <> (u.hold_id IS NOT NULL)""",
+    # LIMIT makes these looks at the index: with old statistics, a wallet's operations might all be read for each hold.
     """SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id, format('hold %s', h.id)
-    FROM billing.hold h LEFT JOIN billing.op o ON o.tenant = h.wallet_id AND o.idem_key = 'hold:' || h.id
+    FROM billing.hold h LEFT JOIN LATERAL (
+        SELECT * FROM billing.op WHERE tenant = h.wallet_id AND idem_key = 'hold:' || h.id LIMIT 1) o ON true
     WHERE h.id > $1 AND h.id <= $2
         AND (o.id IS NULL OR o.refusal IS NOT NULL OR (o.result->>'amount')::int8 IS DISTINCT FROM h.amount)
     UNION ALL
     SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id,
         format('hold %s: extension %s', h.id, e.number)
     FROM billing.hold_extension e JOIN billing.hold h ON h.id = e.hold_id
-        LEFT JOIN billing.op o ON o.tenant = h.wallet_id AND o.idem_key = 'extend:' || h.id || ':' || e.number
+        LEFT JOIN LATERAL (SELECT * FROM billing.op
+            WHERE tenant = h.wallet_id AND idem_key = 'extend:' || h.id || ':' || e.number LIMIT 1) o ON true
     WHERE e.hold_id > $1 AND e.hold_id <= $2 AND (o.id IS DISTINCT FROM e.op_id OR o.refusal IS NOT NULL
         OR (o.result->>'output_tokens')::int8 IS DISTINCT FROM e.output_tokens)
     UNION ALL
     SELECT 'holds and resolutions are remembered as they were decided', h.wallet_id, format('hold %s: %s', h.id, r.kind)
     FROM billing.hold h JOIN billing.hold_resolution r ON r.hold_id = h.id
-        LEFT JOIN billing.op o ON o.tenant = h.wallet_id
-            AND o.idem_key = CASE r.kind WHEN 'post' THEN 'settle:' ELSE r.kind || ':' END || h.id
+        LEFT JOIN LATERAL (SELECT * FROM billing.op WHERE tenant = h.wallet_id
+            AND idem_key = CASE r.kind WHEN 'post' THEN 'settle:' ELSE r.kind || ':' END || h.id LIMIT 1) o ON true
     WHERE h.id > $1 AND h.id <= $2 AND (o.id IS DISTINCT FROM r.op_id OR o.refusal IS NOT NULL
         OR (r.kind <> 'void' AND (o.result->>'settled')::int8 IS DISTINCT FROM r.amount))""",
 )

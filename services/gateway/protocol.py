@@ -224,7 +224,9 @@ class EdgeProtocol(GuardedHttpProtocol):
             return
         self.flow.resume_reading()
         self._idle_since_s = self.loop.time()
-        if self._idle_timer is None:
+        if self._is_draining:  # its head had left before: the next request is on its way perhaps
+            self._close_soon()
+        elif self._idle_timer is None:
             self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_idle)
 
     def _look_idle(self) -> None:
@@ -242,7 +244,9 @@ class EdgeProtocol(GuardedHttpProtocol):
     def shutdown(self) -> None:
         self._is_draining = True
         if self.cycle is None or self.cycle.response_complete:
-            self.loop.call_later(self._relay.timeouts.drain_idle_s, self._close_idle)
+            self._close_soon()
+        elif isinstance(self.cycle, Relayed):
+            self.cycle.tell_to_close()
         else:
             super().shutdown()
 
@@ -287,6 +291,9 @@ class EdgeProtocol(GuardedHttpProtocol):
         self.pipeline.clear()
         self.flow.resume_reading()
         self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _close_soon(self) -> None:
+        self.loop.call_later(self._relay.timeouts.drain_idle_s, self._close_idle)
 
     def _close_idle(self) -> None:
         if self.cycle is None or self.cycle.response_complete:

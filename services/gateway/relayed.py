@@ -95,6 +95,11 @@ class Relayed(Admitting):
         if not self.response_complete:
             self.admit()
 
+    def tell_to_close(self) -> None:
+        """The connection is to end with this response, if its head can still say so."""
+        if not self.status and not self._status_out:
+            self.keep_alive = False
+
     def feed(self, data: bytes) -> None:
         """A piece of the request's body."""
         if self.response_complete:

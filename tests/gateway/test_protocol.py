@@ -1,5 +1,6 @@
 """Framing on both wires, byte by byte: what comes in pieces is what came whole, and nothing is taken for another."""
 
+import asyncio
 import itertools
 import random
 import zlib
@@ -300,3 +301,40 @@ async def test_a_pipelined_body_that_is_too_large_is_no_answer_to_another_reques
     await wired.settle()
     assert wired.client.is_closed
     assert wired.service.take() == b""
+
+
+@pytest.mark.parametrize("answer", [PLAIN, STREAM])
+@pytest.mark.parametrize("is_begun", [True, False])
+async def test_a_connection_ends_only_after_an_answer_that_says_so(answer: bytes, is_begun: bool) -> None:
+    """The process stops. Where the head has left, the client may have sent the next request already."""
+    wired = Wired(timeouts=Timeouts(first_byte_s=300, idle_s=60, total_s=3_600, drain_idle_s=300))
+    cut = answer.index(b"\r\n\r\n") + 4
+    wired.front.data_received(POST)
+    await wired.settle()
+    wired.back.data_received(answer[: cut if is_begun else 0])
+    wired.front.shutdown()
+    wired.back.data_received(answer[cut if is_begun else 0 :])
+    if is_begun:
+        assert b"connection: close" not in wired.client.take()
+        assert not wired.client.is_closed
+        wired.front.data_received(POST)
+        await wired.settle()
+        wired.back.data_received(answer)
+    assert b"connection: close" in wired.client.take()
+    assert wired.client.is_closed
+    wired.close()
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+async def test_a_connection_without_another_request_is_closed_when_the_process_stops(is_begun: bool) -> None:
+    wired = Wired(timeouts=Timeouts(first_byte_s=300, idle_s=60, total_s=3_600, drain_idle_s=0.01))
+    wired.front.data_received(POST)
+    await wired.settle()
+    parts = [STREAM[:-5], STREAM[-5:]] if is_begun else [STREAM, b""]
+    wired.back.data_received(parts[0])
+    wired.front.shutdown()
+    wired.back.data_received(parts[1])
+    async with asyncio.timeout(60):
+        while not wired.client.is_closed:
+            await asyncio.sleep(0.005)
+    wired.close()

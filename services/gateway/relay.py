@@ -1,8 +1,7 @@
 """What all relayed requests share: where they go, who may ask, how long they may take, and what is noted of them.
 
 One sweep every SWEEP_S, while anything runs, looks for what is late: so progress costs a request an assignment, and a
-limit is kept to within SWEEP_S. What is noted of those that ended waits for the next turn of the loop: at the end of
-this one the answers leave.
+limit is kept to within SWEEP_S.
 """
 
 from __future__ import annotations
@@ -127,7 +126,6 @@ class Relay:
         self._tracer = trace.get_tracer("tollgate") if tracing else None
         self._signed: dict[tuple[str, str, str], tuple[float, Identity, bytes]] = {}
         self._active: set[Relayed] = set()
-        self._ended: list[tuple[Relayed, float]] = []  # and how long they took, in seconds
         http_metrics.in_flight.set_function(lambda: len(self._active))
         self._is_sweeping = False
 
@@ -147,15 +145,19 @@ class Relay:
         self._active.discard(exchange)
         if lease is not None:
             self.admission.release(lease)
-        if not self._ended:
-            self.loop.call_soon(self._note)
-        self._ended.append((exchange, self.now_s() - exchange.began_s))
+        duration_s = self.now_s() - exchange.began_s
+        ended_at = datetime.now(UTC)
+        self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
+        self._usage.record(exchange, ended_at, duration_s)
+        self._access_log.write(exchange, ended_at, duration_s)
+        if exchange.span is not None:
+            exchange.span.set_attribute("http.response.status_code", exchange.status)
+            exchange.span.end()
 
     def close(self) -> None:
         """Break what still runs, once the drain's time is over."""
         for exchange in list(self._active):
             exchange.client_gone()
-        self._note()
 
     def own_lines(self, exchange: Relayed, head: RequestHead) -> bytes:
         """What the gateway itself tells the service: who asks, from where, under which id; cookies only to auth."""
@@ -218,17 +220,6 @@ class Relay:
             status=exchange.status or error.status,
             detail=error.detail,
         )
-
-    def _note(self) -> None:
-        ended, self._ended = self._ended, []
-        ended_at = datetime.now(UTC)
-        for exchange, duration_s in ended:
-            self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
-            self._usage.record(exchange, ended_at, duration_s)
-            self._access_log.write(exchange, ended_at, duration_s)
-            if exchange.span is not None:
-                exchange.span.set_attribute("http.response.status_code", exchange.status)
-                exchange.span.end()
 
     def _sweep(self) -> None:
         now_s = self.now_s()

@@ -77,7 +77,6 @@ async def answered(parts: list[bytes]) -> Outcome:
             wired.back.data_received(part)
     is_service_closed = wired.service.is_closed
     wired.back.connection_lost(None)
-    await wired.settle()  # what ended is noted in the next turn of the loop
     got, is_client_closed = wired.client.take(), wired.client.is_closed
     outcome = (got, b"", True) if b" 200 " not in got[:16] else read_chunked(got)
     wired.close()

@@ -7,6 +7,8 @@ import pytest
 
 from tests.secrets_seen import SecretsSeen
 
+A_WORD = "correct" + "horse" + "battery"  # in none of our sources
+
 
 @pytest.fixture
 def seen() -> SecretsSeen:
@@ -15,6 +17,8 @@ def seen() -> SecretsSeen:
     body = {
         "username": "somebody-or-other",
         "password": "a-long-password",
+        "old_password": A_WORD,
+        "new_password": "triton_guard",
         "all": [{"client_secret": "in-a-list-in-it"}],
     }
     request = httpx.Request("POST", "http://x/", json=body, headers=headers)
@@ -31,6 +35,7 @@ def seen() -> SecretsSeen:
         "shown-in-a-header",
         "shown-in-a-cookie",
         "a-long-password",
+        A_WORD,
         "in-a-list-in-it",
         "set-in-an-answer",
         "given-in-an-answer",
@@ -48,6 +53,6 @@ def test_a_secret_in_a_log_is_found_and_not_repeated(seen: SecretsSeen, tmp_path
 
 def test_what_is_no_secret_is_left_alone(seen: SecretsSeen, tmp_path: Path) -> None:
     (tmp_path / "auth.log").write_text(
-        "somebody-or-other not-one-itself tg_live_abcd http://127.0.0.1:20000/x?to=a@example.com postgresql://t:***@h/x\n"
+        "triton_guard somebody-or-other not-one-itself tg_live_abcd http://127.0.0.1:20000/x?to=a@example.com postgresql://t:***@h/x\n"
     )
     assert seen.in_logs(tmp_path) == []

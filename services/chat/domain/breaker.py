@@ -41,7 +41,7 @@ class Breakers:
         self._states.pop(name, None)
 
     def succeeded(self, name: str) -> None:
-        self._states.pop(name, None)
+        self.forget(name)
 
     def failed(self, name: str) -> None:
         state = self._states.setdefault(name, _State())

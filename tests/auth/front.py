@@ -74,6 +74,8 @@ async def front(owner_url: str, redis_url: str, **changes: Any) -> AsyncIterator
             gateway_anonymous_per_minute=100_000,
             gateway_anonymous_per_hour=1_000_000,
             gateway_user_per_minute=100_000,
+            gateway_user_per_hour=1_000_000,
+            gateway_user_per_day=10_000_000,
             **both,
         )
         async with gateway(configured) as running_gateway:

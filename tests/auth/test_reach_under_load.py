@@ -95,7 +95,7 @@ async def busy(whole: Front) -> AsyncIterator[list[Gateway]]:
         tasks = [asyncio.create_task(ask(gateways[n % GATEWAYS], user)) for n, user in enumerate(clients)]
         try:
             yield gateways
-            assert not any(task.done() for task in tasks)
+            assert [task.exception() for task in tasks if task.done()] == []
         finally:
             for task in tasks:
                 task.cancel()

@@ -262,6 +262,12 @@ async def session(ledger: Ledger) -> AsyncIterator[Any]:
         connection.terminate()
 
 
+def writer_beside(ledger: Ledger, shard: int, limits: WriterLimits | None = None) -> ShardWriter:
+    """Another one of the shard, with a memory of its own, that leads nothing yet."""
+    metrics = BillingMetrics(CollectorRegistry())
+    return ShardWriter(shard, signup_credits=0, metrics=metrics, limits=limits or WriterLimits())
+
+
 async def accepts(writer: ShardWriter) -> bool:
     return writer.accepts
 

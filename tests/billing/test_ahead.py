@@ -6,23 +6,21 @@ Everything happens at failpoints: the first operation's transaction is at the po
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from services.billing.errors import CreditsReserved, HoldResolved, LedgerUnavailable, WalletFrozen
 from services.billing.ledger import failpoints
-from services.billing.ledger.batch import Batch
+from services.billing.ledger.batch import Batch, Pending
 from services.billing.ledger.failpoints import Failpoint
 from services.billing.ledger.operations import ExtendHold, Freeze, Operation, Refund
 from services.billing.ledger.results import Held, Refunded, Result, Settled
-from services.billing.ledger.writer import NotLeading, ShardWriter, WriterLimits
+from services.billing.ledger.writer import NotLeading
 from services.billing.repository.leadership import shard_of
-from shared.telemetry import BillingMetrics
 from tests.billing.harness import (
     SHARDS,
     SIGNUP_NANO,
@@ -35,6 +33,7 @@ from tests.billing.harness import (
     session,
     settle,
     wait_until,
+    writer_beside,
 )
 from tests.billing.test_crash import through_a_gate
 from tests.billing.test_writer import epoch_of, operations_of
@@ -55,8 +54,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Foreseen:
     """From now on, of every batch."""
     found, decide_ahead, take_back = Foreseen(), Batch.decide_ahead, Batch.take_back
 
-    def decided(self: Batch) -> None:
-        decide_ahead(self)
+    def decided(self: Batch, pendings: Sequence[Pending]) -> None:
+        decide_ahead(self, pendings)
         found.decided.append(sum(pending.outcome != "" for pending in self.pendings))
 
     def counted(self: Batch) -> None:
@@ -317,8 +316,8 @@ async def test_a_fault_in_a_decision_ahead_leaves_no_trace(
     """The batch that is being written is kept, but not the books which the fault has left half changed."""
     decide_ahead = Batch.decide_ahead
 
-    def failing(self: Batch) -> None:
-        decide_ahead(self)
+    def failing(self: Batch, pendings: Sequence[Pending]) -> None:
+        decide_ahead(self, pendings)
         raise RuntimeError("a fault")
 
     held = await ledger.held(org_id, 100)
@@ -338,8 +337,7 @@ async def test_a_leader_that_gives_its_shard_back_writes_nothing_more(
     ledger: Ledger, org_id: UUID, foreseen: Foreseen
 ) -> None:
     """Whoever waits for what was decided ahead is sent to the next leader."""
-    metrics, until = BillingMetrics(CollectorRegistry()), asyncio.Event()
-    leaving = ShardWriter(shard_of(org_id, SHARDS), signup_credits=0, metrics=metrics, limits=WriterLimits())
+    leaving, until = writer_beside(ledger, shard_of(org_id, SHARDS)), asyncio.Event()
     async with session(ledger) as connection:
         serving = asyncio.create_task(leaving.serve(connection, await epoch_of(ledger, org_id), until))
         await wait_until(lambda: accepts(leaving), "the writer")

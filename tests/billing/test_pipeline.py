@@ -12,7 +12,6 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
-from prometheus_client import CollectorRegistry
 
 from services.billing.ledger import failpoints
 from services.billing.ledger.batch import Fenced
@@ -31,8 +30,7 @@ from services.billing.repository import leadership
 from services.billing.repository.leadership import shard_of
 from services.billing.repository.ledger_write import BookOutdated
 from shared.errors import TollgateError
-from shared.telemetry import BillingMetrics
-from tests.billing.harness import DEADLINE_S, SHARDS, TERMS, Ledger, accepts, session, wait_until
+from tests.billing.harness import DEADLINE_S, SHARDS, TERMS, Ledger, accepts, session, wait_until, writer_beside
 from tests.billing.side_by_side import Pair, figures, grant, pair, random_operation
 from tests.billing.test_ahead import Foreseen, watched
 
@@ -122,7 +120,7 @@ async def story(ledger: Ledger, seed: int) -> None:
     shard = rng.randrange(SHARDS)
     ids = (uuid4() for _ in iter(int, 1))
     wallets = [Wallet(next(i for i in ids if shard_of(i, SHARDS) == shard), rng) for _ in range(WALLETS)]
-    writer = ShardWriter(shard, signup_credits=0, metrics=BillingMetrics(CollectorRegistry()), limits=LIMITS)
+    writer = writer_beside(ledger, shard, LIMITS)
 
     def perhaps() -> None:
         if rng.random() < FAULT_SHARE:

@@ -18,7 +18,7 @@ from services.billing.ledger.batch import Fenced
 from services.billing.ledger.operations import Operation
 from services.billing.ledger.results import Held, Settled
 from services.billing.ledger.shards import ShardLimits, Shards
-from services.billing.ledger.writer import NotLeading, ShardWriter, WriterLimits
+from services.billing.ledger.writer import NotLeading, WriterLimits
 from services.billing.repository import leadership
 from services.billing.repository import ledger as repository
 from services.billing.repository.leadership import shard_of
@@ -37,6 +37,7 @@ from tests.billing.harness import (
     session,
     settle,
     wait_until,
+    writer_beside,
 )
 from tests.conftest import Components
 
@@ -55,8 +56,7 @@ async def test_a_second_writer_is_fenced_and_writes_nothing(ledger: Ledger, org_
     """It believes that it leads; only the epoch says that it does not."""
     await ledger.held(org_id, 1)
     before = await operations_of(ledger, org_id)
-    metrics = BillingMetrics(CollectorRegistry())
-    stale = ShardWriter(shard_of(org_id, SHARDS), signup_credits=0, metrics=metrics, limits=WriterLimits())
+    stale = writer_beside(ledger, shard_of(org_id, SHARDS))
     async with session(ledger) as connection:
         serving = asyncio.create_task(stale.serve(connection, await epoch_of(ledger, org_id) - 1, asyncio.Event()))
         await wait_until(lambda: accepts(stale), "the second writer")

@@ -15,17 +15,17 @@ import asyncio
 import json
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import count
 from uuid import UUID
 
-from services.billing.domain import Price, customer_classes
+from services.billing.domain import customer_classes
 from services.billing.errors import REFUSALS, HoldNotFound, IdempotencyMismatch
 from services.billing.ledger import failpoints, kernel
 from services.billing.ledger.book import Book, Journal
+from services.billing.ledger.memory import Memory
 from services.billing.ledger.operations import (
     GRANT_PRIORITY,
     ExpireHold,
@@ -77,36 +77,6 @@ class Pending:
         self.outcome, self.result, self.error = outcome, result, error
 
 
-@dataclass(slots=True)
-class Memory:
-    """What a writer knows between its transactions: the books of wallets used last, and prices."""
-
-    wallets_max: int
-    books: OrderedDict[UUID, Book] = field(default_factory=OrderedDict)
-    prices: dict[tuple[str, str], list[Price]] = field(default_factory=dict)
-    price_generation: int = 0
-    looked_at: datetime | None = None  # the database's clock at the last look, and this process's when it was answered
-    looked_s: float = 0.0
-
-    def now(self) -> datetime | None:
-        """The database's clock, or a little less."""
-        if self.looked_at is None:
-            return None
-        return self.looked_at + timedelta(seconds=time.monotonic() - self.looked_s)
-
-    def forget(self, wallets: Iterable[UUID]) -> None:
-        for wallet_id in wallets:
-            self.books.pop(wallet_id, None)
-
-    def keep(self, books: Iterable[Book]) -> None:
-        for book in books:
-            if not book.is_spoilt:
-                self.books[book.wallet_id] = book
-                self.books.move_to_end(book.wallet_id)
-        while len(self.books) > self.wallets_max:
-            self.books.popitem(last=False)
-
-
 class Batch:
     """One attempt at some operations. After `run` each of them has a result or an error, durably."""
 
@@ -124,26 +94,35 @@ class Batch:
         self._books: dict[UUID, Book] = {}
         self._journal: Journal | None = None  # of what was decided ahead
         self._ahead: dict[int, Pending] = {}  # those operations, by their `id()`
+        self._unknown: set[UUID] = set()  # the wallets of which something has to wait for the transaction
         self._price_generation = memory.price_generation
 
     def takes(self, pending: Pending) -> bool:
         """Whether it may come in addition. With those decided ahead goes nothing for which their time is too early."""
         return self._journal is None or type(pending.operation) in _FORESEEABLE
 
-    def decide_ahead(self) -> None:
-        """Decide what needs nothing from the database, before the transaction: `run` finds out whether it stands."""
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it is decided ahead, as far as it is."""
+        return self._journal is not None
+
+    def decide_ahead(self, pendings: Sequence[Pending]) -> None:
+        """Take these in addition, and decide what needs nothing from the database, before the transaction: `run` finds
+        out whether it stands."""
+        self.pendings += pendings
         now = self._memory.now()
-        if now is None or any(type(pending.operation) not in _FORESEEABLE for pending in self.pendings):
+        if now is None or any(type(pending.operation) not in _FORESEEABLE for pending in pendings):
             return
-        unknown = self._unknown()
-        self._price_generation = self._memory.price_generation
-        self._journal = journal = Journal(now, Ids(), self._memory.prices, UUID(int=0))
-        for pending in self.pendings:
+        if self._journal is None:
+            self._price_generation = self._memory.price_generation
+            self._journal = Journal(now, Ids(), self._memory.prices, UUID(int=0))
+        self._note_unknown(pendings)
+        for pending in pendings:
             wallet_id = pending.operation.wallet_id
-            if wallet_id not in unknown:
+            if wallet_id not in self._unknown:
                 self._books[wallet_id] = self._memory.books[wallet_id]
                 self._ahead[id(pending)] = pending
-                self._apply(journal, pending)
+                self._apply(self._journal, pending)
 
     def take_back(self) -> None:
         """Forget what was decided ahead, with the books that it was decided on."""
@@ -152,7 +131,7 @@ class Batch:
             self._memory.books.pop(wallet_id, None)
         for pending in self._ahead.values():
             pending.decided("")
-        self._books, self._journal, self._ahead = {}, None, {}
+        self._books, self._journal, self._ahead, self._unknown = {}, None, {}, set()
 
     async def run(self, shard: int, epoch: int, meanwhile: Callable[[], None] | None = None) -> Journal:
         """`meanwhile` is called, at most once, while PostgreSQL writes: it may decide on these books ahead.
@@ -205,10 +184,10 @@ class Batch:
             self._apply(journal, pending)
         return journal
 
-    def _unknown(self) -> set[UUID]:
+    def _note_unknown(self, pendings: Sequence[Pending]) -> None:
         """The wallets of which some operation needs what is not in memory, or was perhaps done before."""
-        memory, unknown, placed = self._memory, set[UUID](), set[tuple[UUID, UUID]]()
-        for operation in (pending.operation for pending in self.pendings):
+        memory, unknown, placed = self._memory, self._unknown, set[tuple[UUID, UUID]]()
+        for operation in (pending.operation for pending in pendings):
             book = memory.books.get(operation.wallet_id)
             if book is None:
                 unknown.add(operation.wallet_id)
@@ -221,7 +200,6 @@ class Batch:
                 hold = book.holds.get(operation.hold_id)
                 if hold is None or hold.resolution is not None:
                     unknown.add(operation.wallet_id)
-        return unknown
 
     def _stands(self, look: FirstLook, remembered: dict[int, Remembered]) -> bool:
         """Whether the database is as what was decided ahead took it to be."""

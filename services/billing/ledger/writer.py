@@ -2,7 +2,9 @@
 
     queue → batch (as many as are there, at once) → transaction → answers
 
-One transaction is under way at a time. While PostgreSQL writes it, the next batch is decided ahead (batch.py).
+One transaction is under way at a time. While PostgreSQL writes it, the next batch is decided ahead (batch.py), as its
+operations come. A batch that is committed while there is a next one is answered when PostgreSQL has that, so that it
+has something to do meanwhile: `ANSWERED_WITHIN_S` after the COMMIT at the latest.
 
 Failure modes:
 - The connection breaks, or PostgreSQL restarts, or gives the transaction up: nothing was written, or all of it was and
@@ -26,14 +28,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Protocol
-from uuid import UUID
 
 import asyncpg
 
 from services.billing.errors import IdempotencyMismatch, LedgerUnavailable
 from services.billing.ledger import failpoints
-from services.billing.ledger.batch import Batch, Fenced, Memory, Pending
+from services.billing.ledger.batch import Batch, Fenced, Pending
 from services.billing.ledger.book import Journal
+from services.billing.ledger.memory import Memory
 from services.billing.ledger.operations import Operation
 from services.billing.ledger.results import Result
 from services.billing.repository.database import TRANSIENT, Connection
@@ -44,6 +46,7 @@ from shared.telemetry import BillingMetrics, get_logger
 
 log = get_logger(__name__)
 
+ANSWERED_WITHIN_S = 0.01
 
 # Not worth trying on this connection again; the next one finds out what was done.
 _LOST: tuple[type[BaseException], ...] = (
@@ -97,7 +100,10 @@ class ShardWriter:
         self._queue: list[Pending] = []
         self._in_flight: Sequence[Pending] = ()
         self._ahead: Batch | None = None
-        self._under_way: dict[tuple[UUID, str], Pending] = {}
+        self._durable: tuple[Sequence[Pending], Journal] | None = None  # committed, not answered
+        self._looks: Callable[[], None] | None = None  # ahead, while PostgreSQL writes
+        self._next_look: asyncio.Handle | None = None
+        self._under_way: dict[tuple[int, str], Pending] = {}
         self._wake = asyncio.Event()
 
     def enqueue(self, operation: Operation) -> asyncio.Future[Result]:
@@ -107,12 +113,12 @@ class ShardWriter:
         """
         if not self.accepts:
             raise NotLeading()
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Result] = self._loop.create_future()
         if not operation.remembered:
             self._add(Pending(operation, (), b"", 0), answer)
             return answer
         keys, digest = operation.keys, operation.body_sha256()
-        key = (operation.tenant, keys[0])
+        key = (operation.tenant.int, keys[0])  # an int: a UUID's hash is computed in Python
         first = self._under_way.get(key)
         if first is None:
             self._add(Pending(operation, keys, digest, 0), answer)
@@ -134,6 +140,7 @@ class ShardWriter:
         pending.waiters.append(answer)
         self._queue.append(pending)
         self._wake.set()
+        self._look_soon()
 
     @property
     def waiting(self) -> int:
@@ -143,6 +150,7 @@ class ShardWriter:
     async def serve(self, connection: Connection, epoch: int, until: asyncio.Event) -> None:
         """Apply what comes, until the event. Raises Fenced, or what broke the connection; nothing is lost then."""
         self._memory = Memory(self._limits.wallets_in_memory_max)
+        self._loop = asyncio.get_running_loop()  # CPython 3.11 asks the kernel for its process at each call
         self.accepts = True
         stopping = asyncio.create_task(until.wait())
         stopping.add_done_callback(lambda _: self._wake.set())
@@ -158,6 +166,7 @@ class ShardWriter:
                     await self._take(connection, epoch)
         finally:
             stopping.cancel()
+            self._answer_durable()
             self._take_back()
 
     def release(self) -> None:
@@ -207,7 +216,7 @@ class ShardWriter:
         finally:
             self._in_flight = ()
 
-    def _next(self, size: int, fits: Callable[[Pending], bool] = lambda _: True) -> list[Pending]:
+    def _next(self, size: int, fits: Callable[[Pending], bool]) -> list[Pending]:
         """As many as that from the head of the queue, up to the first that does not fit."""
         found = list(takewhile(fits, self._queue[:size]))
         self._queue = self._queue[len(found) :]
@@ -216,18 +225,39 @@ class ShardWriter:
     def _batch(self, connection: Connection, pendings: Sequence[Pending], *, careful: bool = False) -> Batch:
         return Batch(connection, self._memory, pendings, signup_credits=self._signup_credits, careful=careful)
 
+    def _while_written(self, connection: Connection) -> None:
+        """PostgreSQL has a batch: time to answer the one before, and to decide what comes."""
+        self._answer_durable()
+        self._looks = partial(self._look_ahead, connection)
+        self._look_soon()
+
+    def _look_soon(self) -> None:
+        """When everything that is about to come has come."""
+        if self._looks is not None and self._next_look is None:
+            self._next_look = self._loop.call_soon(self._looks)
+
     def _look_ahead(self, connection: Connection) -> None:
         """Decide what is in the queue now, on the assumption that the batch which is being written will be."""
-        if not self._queue:
+        self._next_look = None
+        ahead = self._ahead or self._batch(connection, ())
+        if self._ahead is not None and not ahead.is_ahead:
             return
-        ahead = self._batch(connection, self._next(self._limits.batch_operations_max))
+        found = self._next(self._limits.batch_operations_max - len(ahead.pendings), ahead.takes)
+        if not found:
+            return
         self._ahead = ahead
         try:
-            ahead.decide_ahead()
+            ahead.decide_ahead(found)
         except Exception:
             log.exception("ahead_failed", shard=self.shard)  # its own transaction will tell whose fault it is
             ahead.take_back()
         failpoints.reached("batch_ahead")
+
+    def _look_no_more(self) -> None:
+        self._looks = None
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
 
     def _take_back(self) -> None:
         """What was decided ahead is not to be: its operations are the next of the queue."""
@@ -240,7 +270,7 @@ class ShardWriter:
         """All at once; if that cannot be written, each on its own."""
         batch = attempt.pendings
         try:
-            await self._attempt(epoch, attempt, partial(self._look_ahead, connection))
+            await self._attempt(epoch, attempt, partial(self._while_written, connection))
             return
         except _LOST:
             raise
@@ -272,9 +302,23 @@ class ShardWriter:
         self._fail(pending, Internal(detail=type(cause).__name__))
 
     async def _attempt(self, epoch: int, attempt: Batch, meanwhile: Callable[[], None] | None = None) -> None:
-        journal = await attempt.run(self.shard, epoch, meanwhile)
-        self._answer(attempt.pendings)
-        self._measure(attempt.pendings, journal)
+        try:
+            journal = await attempt.run(self.shard, epoch, meanwhile)
+        finally:
+            self._look_no_more()
+            self._answer_durable()
+        self._durable = attempt.pendings, journal
+        if self._ahead is None:
+            self._answer_durable()
+        else:
+            self._loop.call_later(ANSWERED_WITHIN_S, self._answer_durable)
+
+    def _answer_durable(self) -> None:
+        if self._durable is None:
+            return
+        (batch, journal), self._durable = self._durable, None
+        self._answer(batch)
+        self._measure(batch, journal)
         failpoints.reached("batch_answered")
 
     def _answer(self, batch: Sequence[Pending]) -> None:
@@ -301,7 +345,7 @@ class ShardWriter:
 
     def _done(self, pending: Pending) -> None:
         if pending.keys:
-            key = (pending.operation.tenant, pending.keys[0])
+            key = (pending.operation.tenant.int, pending.keys[0])
             if self._under_way.get(key) is pending:
                 del self._under_way[key]
 

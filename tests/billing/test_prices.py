@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from services.billing.cli import app as cli
 from services.billing.domain import PriceTerms
 from services.billing.errors import IdempotencyMismatch, PriceOverlap
+from services.billing.ledger import batch
 from services.billing.service import Author
 from shared.errors import InvalidRequest
 from tests.billing.harness import Ledger, grant, place, settle
@@ -32,6 +33,12 @@ def model() -> str:
     return f"model-{uuid4().hex[:8]}"
 
 
+@pytest.fixture(params=[batch.PRICES_AT_ONCE_MAX, 0], ids=["few prices", "too many to have them all"])
+def many_or_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that knows every price, and one that asks for those that it needs."""
+    monkeypatch.setattr(batch, "PRICES_AT_ONCE_MAX", request.param)
+
+
 async def versions(ledger: Ledger, model: str) -> list[Any]:
     found: list[Any] = await ledger.pool.fetch(
         """SELECT p.output, lower(p.validity) AS valid_from, upper(p.validity) AS valid_until
@@ -41,6 +48,7 @@ async def versions(ledger: Ledger, model: str) -> list[Any]:
     return found
 
 
+@pytest.mark.usefixtures("many_or_few")
 async def test_a_new_version_ends_the_old_one_and_holds_keep_theirs(ledger: Ledger, model: str, org_id: UUID) -> None:
     old = await ledger.prices.publish(author(), model, "default", ONE, None)
     held = await ledger.held(org_id, 100, model=model)
@@ -88,6 +96,7 @@ async def test_the_past_is_not_repriced(ledger: Ledger, model: str) -> None:
     assert not await versions(ledger, model)
 
 
+@pytest.mark.usefixtures("many_or_few")
 async def test_the_most_particular_class_decides(ledger: Ledger, model: str, org_id: UUID) -> None:
     plan, other = f"plan-{uuid4().hex[:6]}", uuid4()
     for customer_class, output in (("default", 3), (plan, 2), (f"org:{org_id}", 1)):

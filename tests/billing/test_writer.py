@@ -28,6 +28,7 @@ from tests.billing.harness import (
     MODEL,
     SHARDS,
     SIGNUP_NANO,
+    TERMS,
     Ledger,
     accepts,
     grant,
@@ -215,11 +216,30 @@ async def test_a_budget_of_a_key_or_a_member_limits_what_is_spent_and_held(ledge
     await ledger.held(org_id, 101, user_id=member)
 
 
+async def new_price(ledger: Ledger) -> None:
+    """Of a model that nobody asks for: what writers remember of prices is old."""
+    await ledger.prices.bring_up_to_date(f"model-{uuid4().hex[:8]}", DEFAULT_CLASS, TERMS, "test")
+
+
+async def test_while_prices_are_few_no_wallet_is_asked_for_its_own(
+    ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def asked(connection: Any, wanted: Any) -> Any:
+        raise AssertionError(wanted)
+
+    monkeypatch.setattr(repository, "load_prices", asked)
+    await new_price(ledger)
+    for wallet in (org_id, uuid4(), uuid4()):
+        await ledger.held(wallet, 1)
+
+
 async def test_what_is_remembered_of_prices_has_a_bound(
     ledger: Ledger, org_id: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each organisation may have a price of its own, and that it has none is remembered too."""
+    monkeypatch.setattr(batch, "PRICES_AT_ONCE_MAX", 0)
     monkeypatch.setattr(batch, "PRICES_MAX", 4)
+    await new_price(ledger)
     loaded = []
 
     async def load_prices(connection: Any, wanted: Any) -> Any:

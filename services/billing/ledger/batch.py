@@ -50,7 +50,8 @@ from shared.errors import TollgateError
 from shared.ids import is_service_account
 
 SIGNUP_SOURCE = "signup"
-PRICES_MAX = 100_000  # pairs of a model and a customer class that a writer remembers, those without a price too
+PRICES_AT_ONCE_MAX = 2_000  # if there are no more, all of them are in memory
+PRICES_MAX = 100_000  # else: pairs of a model and a customer class that a writer remembers, those without a price too
 _RESOLVING = (Settle, Void, Heartbeat, ExtendHold, ExpireHold)
 _FORESEEABLE = frozenset({PlaceHold, Settle, Void, Heartbeat, ExtendHold})
 
@@ -194,7 +195,7 @@ class Batch:
             elif isinstance(operation, PlaceHold):
                 placed.add((operation.wallet_id, operation.hold_id))
                 pairs = ((operation.model, c) for c in customer_classes(operation.wallet_id, operation.plan))
-                if operation.hold_id in book.holds or not all(pair in memory.prices for pair in pairs):
+                if operation.hold_id in book.holds or not all(memory.has_prices(*pair) for pair in pairs):
                     unknown.add(operation.wallet_id)
             elif isinstance(operation, _RESOLVING) and (operation.wallet_id, operation.hold_id) not in placed:
                 hold = book.holds.get(operation.hold_id)
@@ -249,8 +250,7 @@ class Batch:
     async def _load_books(self, look: FirstLook, now: datetime) -> None:
         memory, missing = self._memory, []
         if look.price_generation != memory.price_generation or len(memory.prices) > PRICES_MAX:
-            memory.prices.clear()
-            memory.price_generation = look.price_generation
+            memory.forget_prices(look.price_generation)
         for wallet_id, version in zip(self._wallets, look.versions, strict=True):
             book = self._books.get(wallet_id) or memory.books.get(wallet_id)
             if book is not None and version == (book.version, book.seq_written):
@@ -272,7 +272,7 @@ class Batch:
                 if self._careful:
                     hold_ids.add(operation.hold_id)
                 for customer_class in customer_classes(operation.wallet_id, operation.plan):
-                    if (operation.model, customer_class) not in self._memory.prices:
+                    if not self._memory.has_prices(operation.model, customer_class):
                         prices.add((operation.model, customer_class))
             elif isinstance(operation, _RESOLVING) and (book is None or operation.hold_id not in book.holds):
                 if (operation.wallet_id, operation.hold_id) not in placed:
@@ -282,9 +282,18 @@ class Batch:
                 if source_id not in book.draws:
                     await repository.load_draws(self._connection, book, source_id)
         if prices:
-            self._memory.prices.update(await repository.load_prices(self._connection, prices))
+            await self._load_prices(prices)
         if hold_ids:
             await self._load_holds(hold_ids)
+
+    async def _load_prices(self, wanted: set[tuple[str, str]]) -> None:
+        memory = self._memory
+        if memory.has_every_price is None:
+            every = await repository.load_every_price(self._connection, PRICES_AT_ONCE_MAX)
+            memory.has_every_price = every is not None
+            memory.prices.update(every or {})
+        if not memory.has_every_price:
+            memory.prices.update(await repository.load_prices(self._connection, wanted))
 
     async def _load_holds(self, hold_ids: set[UUID]) -> None:
         for hold in await repository.load_holds(self._connection, list(hold_ids)):

@@ -90,13 +90,16 @@ _DRAWS = """
     SELECT CASE code WHEN 'refund' THEN credit_account ELSE debit_account END, amount, code
     FROM billing.transfer WHERE wallet_id = $1 AND hold_id = $2 ORDER BY wallet_seq"""
 
-_PRICES = """
+_PRICE = """
     SELECT p.id, t.model, t.customer_class, p.per_request, p.input, p.cached_input, p.output,
         lower(p.validity), upper(p.validity)
-    FROM unnest($1::text[], $2::text[]) AS k (model, customer_class)
-    JOIN billing.tariff t ON t.model = k.model AND t.customer_class = k.customer_class
-    JOIN billing.price p ON p.tariff_id = t.id
-    WHERE upper_inf(p.validity) OR upper(p.validity) > clock_timestamp()"""
+    FROM {} JOIN billing.price p ON p.tariff_id = t.id
+    WHERE (upper_inf(p.validity) OR upper(p.validity) > clock_timestamp())"""
+
+_PRICES = _PRICE.format("""unnest($1::text[], $2::text[]) AS k (model, customer_class)
+    JOIN billing.tariff t ON t.model = k.model AND t.customer_class = k.customer_class""")
+
+_EVERY_PRICE = _PRICE.format("billing.tariff t") + " LIMIT $1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +223,20 @@ async def load_prices(connection: Connection, wanted: Iterable[tuple[str, str]])
     prices: dict[tuple[str, str], list[Price]] = {pair: [] for pair in wanted}
     models, classes = [pair[0] for pair in prices], [pair[1] for pair in prices]
     for row in await connection.fetch(_PRICES, models, classes):
-        prices[row[1], row[2]].append(Price(row[0], row[1], row[2], PriceTerms(*row[3:7]), row[7], row[8]))
+        prices[row[1], row[2]].append(_price(row))
     return prices
+
+
+async def load_every_price(connection: Connection, count_max: int) -> dict[tuple[str, str], list[Price]] | None:
+    """All versions that are in force now or later; None if they are more than that."""
+    rows = await connection.fetch(_EVERY_PRICE, count_max + 1)
+    if len(rows) > count_max:
+        return None
+    prices: dict[tuple[str, str], list[Price]] = {}
+    for row in rows:
+        prices.setdefault((row[1], row[2]), []).append(_price(row))
+    return prices
+
+
+def _price(row: Any) -> Price:
+    return Price(row[0], row[1], row[2], PriceTerms(*row[3:7]), row[7], row[8])

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 )
 
 from services.billing.domain import Usage
+from services.billing.errors import IdempotencyMismatch
 from services.billing.ledger.operations import (
     Charge,
     ExpireHold,
@@ -82,7 +83,7 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.org_id = uuid4()
         self.oracle = Oracle(TERMS)
-        self.remembered: dict[str, Result | str] = {}
+        self.remembered: dict[str, tuple[bytes, Result | str]] = {}
         self.charged: list[UUID] = []
         self.granted: list[UUID] = []
 
@@ -165,9 +166,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(operation=st.one_of(done, holds))
     def comes_again(self, operation: Operation) -> None:
-        """What is remembered answers as before, whatever happened since."""
+        """What is remembered answers as before, whatever happened since; with another body it is refused."""
         if operation.key in self.remembered:
-            assert self.outcome(operation) == self.remembered[operation.key]
+            digest, before = self.remembered[operation.key]
+            expected = before if digest == operation.body_sha256() else IdempotencyMismatch.default_code
+            assert self.outcome(operation) == expected
 
     @invariant()
     def sums_are_those_of_the_model(self) -> None:
@@ -200,7 +203,7 @@ class LedgerMachine(RuleBasedStateMachine):
         actual = self.outcome(operation)
         assert figures(actual) == expected, (operation, actual, expected)
         if operation.remembered and actual not in ("hold_not_found", "hold_not_expired", "nothing_to_refund"):
-            self.remembered[operation.key] = actual
+            self.remembered[operation.key] = operation.body_sha256(), actual
         return operation
 
     def outcome(self, operation: Operation) -> Result | str:

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 from grpc import aio
@@ -101,10 +101,11 @@ class Http:
 
 
 class Triton:
-    """A build straight from Triton, without tritonclient's arrays. Close it."""
+    """A build straight from Triton, without tritonclient's arrays, for that tenant. Close it."""
 
-    def __init__(self, url: str, build: str) -> None:
+    def __init__(self, url: str, build: str, tenant: str) -> None:
         self._build = build
+        self._tenant = tenant
         self._channel = aio.insecure_channel(url.removeprefix("grpc://"))
         self._method = self._channel.unary_stream(
             "/inference.GRPCInferenceService/ModelStreamInfer",
@@ -123,7 +124,7 @@ class Triton:
         request = service_pb2.ModelInferRequest(model_name=self._build)
         request.inputs.add(name="REQUEST", datatype="BYTES", shape=[1])
         request.raw_input_contents.append(struct.pack("<I", len(content)) + content)
-        request.parameters["tg_tenant"].string_param = "bench"
+        request.parameters["tg_tenant"].string_param = self._tenant
         async for reply in self._method(request):
             if reply.error_message:
                 raise RuntimeError(reply.error_message)
@@ -178,17 +179,24 @@ class BareEngine:
         return found
 
 
-async def customer(url: str, admin_token: str) -> str:
-    """The key of a new customer whom the operator lets ask more often than the plan does."""
+class Customer(NamedTuple):
+    """Who asks: with which key, and as which tenant of the engine."""
+
+    key: str
+    tenant: str
+
+
+async def customer(url: str, admin_token: str) -> Customer:
+    """A new one, whom the operator lets ask more often than the plan does."""
     name, password = f"bench-{secrets.token_hex(6)}", secrets.token_urlsafe(18)
     limits = {"minute": 100_000, "hour": 100_000, "day": 1_000_000, "concurrency": 64}
     async with aiohttp.ClientSession(url) as session:
         account = {"username": name, "email": f"{name}@example.com", "password": password}
-        await _patiently(session, "/api/v1/auth/register", "", account)
+        registered = await _patiently(session, "/api/v1/auth/register", "", account)
         tokens = await _patiently(session, "/api/v1/auth/login", "", {"username": name, "password": password})
         key = await _patiently(session, "/api/v1/keys", tokens["access_token"], {"name": "bench"})
         await _patiently(session, f"/api/v1/admin/auth/keys/{key['id']}/limits", admin_token, {"limits": limits})
-    return str(key["key"])
+    return Customer(key["key"], registered["org_id"])
 
 
 async def _patiently(session: aiohttp.ClientSession, path: str, token: str, body: Body) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import struct
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,20 @@ import httpx
 from grpc import aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from bench import report, stack
+from bench import models, report, stack
+from bench.serving import NEVER
+from services.inference.backend.gguf import read_head
 
 SAMPLES = 100
 BUILD = "chat-mini-q8_0"
 BOUND_S = 0.2
 POLL_S = 0.002
-TIMEOUT_S = 60.0
+TIMEOUT_S = 15.0
+ANSWER_BYTES_MAX = 4_000
+MAX_TOKENS = 400  # beside the longest prompt in the context
 PROMPT_WORDS = 80  # about half of the context
 LONG = "Recite the whole manual."
+END = int(read_head(models.CHAT_MINI / "1/model.gguf").metadata["tokenizer.ggml.eos_token_id"])
 LENGTH_PREFIX = struct.Struct("<I")
 
 
@@ -45,7 +51,8 @@ class Moment:
         """Prompts differ, so that no cache shortens them."""
         words = " ".join(f"w{number}x{i}" for i in range(self.prompt_words))
         message = {"role": "user", "content": f"{words} {LONG}".strip()}
-        wanted = {"model": "chat-mini", "stream": self.stream, "max_tokens": 600, "messages": [message]}
+        wanted = {"model": "chat-mini", "stream": self.stream, "max_tokens": MAX_TOKENS, "messages": [message]}
+        wanted["logit_bias"] = {str(END): NEVER}  # nobody leaves an answer that has ended
         return json.dumps(wanted).encode()
 
 
@@ -100,7 +107,10 @@ async def hang_up(url: str, key: str, engine: Engine, moment: Moment, number: in
         for _ in range(moment.chunks + 1):  # the first carries the role
             await reader.readuntil(b'"content":"')
     else:
-        await engine.until(busy=True)
+        try:
+            await engine.until(busy=True)
+        except TimeoutError:
+            raise RuntimeError(f"not at work: {(await reader.read(ANSWER_BYTES_MAX)).decode()}") from None
     writer.close()
     began_s = time.perf_counter()
     await engine.until(busy=False)
@@ -131,6 +141,7 @@ async def measure(variables: dict[str, str]) -> list[dict[str, Any]]:
     """A row for each moment."""
     engine, key, rows = Engine(variables["TRITON_GRPC_URL"]), unlimit(variables), []
     for moment in MOMENTS:
+        print(f"left {moment.name}: {SAMPLES} requests", file=sys.stderr, flush=True)
         taken_s = [await hang_up(variables["TOLLGATE_URL"], key, engine, moment, number) for number in range(SAMPLES)]
         rows.append(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ def running(**variables: str) -> Iterator[dict[str, str]]:
     `variables` are further settings of the launcher. Raises CalledProcessError if it fails.
     """
     state = tempfile.mkdtemp(prefix="tollgate-bench-")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it stops what it started
     environment = {**os.environ, "TOLLGATE_STATE": state, "TOLLGATE_PORT": str(pick_port()), **variables}
     try:
         _make("up", environment)

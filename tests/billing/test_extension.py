@@ -57,6 +57,14 @@ async def test_credits_that_came_meanwhile_are_held_and_settled_exactly(ledger: 
     await ledger.verified()
 
 
+async def test_an_attempt_that_arrives_late_is_no_fault_of_the_books(ledger: Ledger, org_id: UUID) -> None:
+    """Attempts are numbered by who makes them; one may overtake another."""
+    held = await ledger.held(org_id, 10)
+    for number, tokens in ((4, 20), (2, 30), (3, 25)):
+        await extended(ledger, org_id, held.hold_id, number, tokens)
+    await ledger.verified()
+
+
 async def test_an_extension_that_asks_for_no_more_changes_nothing(ledger: Ledger, org_id: UUID) -> None:
     held = await opened(ledger, org_id, 40, user_id=None)
     assert await extended(ledger, org_id, held.hold_id, 1, 40) == HoldExtended(held.hold_id, 40, 40, 60)

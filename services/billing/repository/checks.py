@@ -181,7 +181,7 @@ HOLDS = (
     SELECT 'holds cost what their price says', x.wallet_id, format('hold %s, extension %s: %s in all', x.id, x.number,
         x.total)
     FROM (SELECT h.id, h.wallet_id, h.price_id, h.input_tokens, h.cached_input_tokens, e.number, e.output_tokens,
-            h.amount + sum(e.amount) OVER (PARTITION BY e.hold_id ORDER BY e.number) AS total
+            h.amount + sum(e.amount) OVER (PARTITION BY e.hold_id ORDER BY e.output_tokens) AS total
         FROM billing.hold_extension e JOIN billing.hold h ON h.id = e.hold_id
         WHERE e.hold_id > $1 AND e.hold_id <= $2) x
         JOIN billing.price p ON p.id = x.price_id

@@ -18,6 +18,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import MetaData, pool, text
 from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.ext.asyncio import AsyncSession as AsyncSession
 
@@ -34,6 +36,24 @@ NAMING = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+
+# What PostgreSQL says when the same may succeed later (its manual's appendix A): connections, resources, shutdown; then
+# a statement or a lock that took too long, a deadlock, a serialization failure.
+_TEMPORARY_CLASSES = ("08", "53", "57P")
+_TEMPORARY_STATES = ("57014", "55P03", "40P01", "40001")
+# From the pools and the drivers: no connection could be had, or the one at hand broke off.
+_LOST = (PoolTimeout, OSError, TimeoutError, asyncpg.InterfaceError)
+ERRORS: tuple[type[Exception], ...] = (*_LOST, DBAPIError, asyncpg.PostgresError)
+"""Whatever may come of a statement."""
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether the same statement may succeed later: the database is away, or too busy. Else it is at fault itself."""
+    if isinstance(error, _LOST) or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        return True
+    state = getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlstate", None) or ""
+    return state in _TEMPORARY_STATES or state.startswith(_TEMPORARY_CLASSES)
 
 
 def metadata(schema: str) -> MetaData:

@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from services.auth.repository.sign_in import SignInDatabase
-from services.auth.routes.storage import is_temporary
 from services.auth.service.access import Access
+from shared.database import is_temporary
 from tests.auth.harness import PASSWORD, Auth, Cable, User, running
 from tests.conftest import Components, role_url
 

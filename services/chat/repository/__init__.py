@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
 from services.chat.errors import storage_down
+from shared.database import ERRORS, is_temporary
 
 
 @contextmanager
 def available() -> Iterator[None]:
-    """Raises Unavailable for whatever the database cannot do right now."""
+    """Raises Unavailable for whatever the database cannot do right now; a fault of a statement stays one."""
     try:
         yield
-    except (DBAPIError, PoolTimeout, OSError, TimeoutError) as e:
+    except ERRORS as e:
+        if not is_temporary(e):
+            raise
         raise storage_down(type(e).__name__) from e

@@ -240,9 +240,10 @@ class ShardWriter:
         """Decide what is in the queue now, on the assumption that the batch which is being written will be."""
         self._next_look = None
         ahead = self._ahead or self._batch(connection, ())
-        if self._ahead is not None and not ahead.is_ahead:
+        room = self._limits.batch_operations_max - len(ahead.pendings)
+        if not room or (self._ahead is not None and not ahead.is_ahead):
             return
-        found = self._next(self._limits.batch_operations_max - len(ahead.pendings), ahead.takes)
+        found = self._next(room, ahead.takes)
         if not found:
             return
         self._ahead = ahead

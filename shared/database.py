@@ -52,8 +52,13 @@ def is_temporary(error: BaseException) -> bool:
     """Whether the same statement may succeed later: the database is away, or too busy. Else it is at fault itself."""
     if isinstance(error, _LOST) or (isinstance(error, DBAPIError) and error.connection_invalidated):
         return True
-    state = getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlstate", None) or ""
+    state = sqlstate(error)
     return state in _TEMPORARY_STATES or state.startswith(_TEMPORARY_CLASSES)
+
+
+def sqlstate(error: BaseException) -> str:
+    """PostgreSQL's five characters, as the driver or SQLAlchemy has them; empty where there are none."""
+    return getattr(error.orig if isinstance(error, DBAPIError) else error, "sqlstate", None) or ""
 
 
 def metadata(schema: str) -> MetaData:

@@ -166,6 +166,13 @@ def storage_down(detail: str) -> Unavailable:
     )
 
 
+def not_storable() -> InvalidRequest:
+    return InvalidRequest(
+        "A value of this request can be neither stored nor looked for. Text must not contain U+0000.",
+        code="invalid_value",
+    )
+
+
 def not_stored(kind: str) -> NotFound:
     return NotFound(f"There is no stored {kind} with this id.", code=f"{kind}_not_found", param="id")
 

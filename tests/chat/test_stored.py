@@ -44,6 +44,13 @@ async def test_a_stream_is_stored_as_a_whole(chat: Chat) -> None:
     assert kept["system_fingerprint"] == "small-a"
 
 
+@pytest.mark.parametrize("asked", [{"model": "a\0"}, {"user_id": "\0"}, {"after": "chatcmpl-\0"}])
+async def test_what_no_text_can_be_is_bad_input_and_no_outage(chat: Chat, asked: dict[str, str]) -> None:
+    async with chat.client(**org("b")) as client:
+        answer = await client.get(PATH, params=asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+
+
 async def test_nothing_is_stored_unasked(chat: Chat) -> None:
     async with chat.client(**org("c")) as client:
         id_ = (await client.post(PATH, json=asking())).json()["id"]

@@ -43,7 +43,7 @@ class Bench:
     aims: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Everything, in the order in which the books grow; what is compared, side by side."""
+        """All but `run_transfers`, in the order in which the books grow; what is compared, side by side."""
         self._kernel()
         self._sizes("wallets", WALLETS_FULL if self.is_full else WALLETS, self._with_wallets)
         tpcb_10 = self._tpcb(10)
@@ -51,10 +51,18 @@ class Bench:
         grpc = self._end_to_end()
         tpcb_1 = self._tpcb(1)
         hot = self._writer("writer + database, one wallet", self._popular(1))
-        self._sizes("transfers", TRANSFERS_FULL if self.is_full else TRANSFERS, self._with_transfers)
         self._aim("writer with database / pgbench -s 10", zipf / tpcb_10, 3)
         self._aim("writer with database, one wallet / pgbench -s 1", hot / tpcb_1, 10)
         self._aim("end to end over gRPC / pgbench -s 10", grpc / tpcb_10, 1.5)
+
+    def run_transfers(self, server: Server) -> None:
+        """How an operation grows with the transfers, on a server of its own: the other loads leave some 10⁵ behind.
+
+        Each wallet's grant is a transfer, so that there are as many as wallets at first.
+        """
+        self.server, self.wallets = server, []
+        self._with_wallets(COMPARED_WALLETS)
+        self._sizes("transfers", TRANSFERS_FULL if self.is_full else TRANSFERS, self._with_transfers)
 
     def _tpcb(self, scale: int) -> float:
         say(f"pgbench -s {scale}")
@@ -117,8 +125,7 @@ class Bench:
     def _with_transfers(self, count: int) -> None:
         present = int(self.server.postgres.execute("SELECT sum(seq) FROM billing.wallet", database="tollgate"))
         if present < count:
-            some = self.wallets[:COMPARED_WALLETS]
-            uvloop.run(books.add_requests(self.server.superuser_url, some, count - present, MODEL))
+            uvloop.run(books.add_requests(self.server.superuser_url, self.wallets, count - present, MODEL))
 
     def _popular(self, count: int = COMPARED_WALLETS, *, zipf: bool = True) -> load.Popularity:
         return load.Popularity(self.wallets[:count], zipf=zipf)
@@ -199,6 +206,8 @@ def main() -> None:
     with running() as server:
         bench = Bench(server, arguments.seconds, arguments.full)
         bench.run()
+    with running() as server:
+        bench.run_transfers(server)
     path = report.write("ledger", bench.figures, bench.aims, clients=CLIENTS, seconds=arguments.seconds)
     if arguments.json:
         print(json.dumps(json.loads(path.read_text()), indent=2))

@@ -70,16 +70,18 @@ def up(layout: Layout, options: argparse.Namespace) -> int:
         stack = Stack(layout, port, os.environ)
         progress = terminal(bootstrap.STEPS + STEPS, bootstrap.STEPS)
         keys = stack.seed.kept_keys()
-        if keys is not None and stack.supervisor.is_running() and not stack.unhealthy():
-            progress.say("Everything runs already.")
-            if stack.is_outdated():
-                progress.say("It was started with other settings or code paths: `make down`, `make up` applies them.")
-        else:
+        pids = stack.supervisor.pids()
+        if keys is None or not stack.supervisor.is_running() or stack.unhealthy():
             try:
                 keys = stack.up(progress)
             except BaseException as error:
                 _abandon(layout, interrupted=isinstance(error, KeyboardInterrupt))
                 raise
+        # A program that was only slow to answer was waited for, not started.
+        if pids == stack.supervisor.pids():
+            progress.say("Everything runs already.")
+            if stack.is_outdated():
+                progress.say("It was started with other settings or code paths: `make down`, `make up` applies them.")
     progress.say(_welcome(stack, keys))
     return 0
 

@@ -126,6 +126,10 @@ class Supervisor:
             for row in rows
         }
 
+    def pids(self) -> dict[str, int]:
+        """The process id of every program, 0 for one that does not run; empty when no supervisord runs."""
+        return {name: state.pid for name, state in self.states().items()}
+
     def start(self, name: str) -> None:
         """Start a program unless it runs, starts or waits for its next attempt."""
         state = self.states().get(name)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -67,12 +68,35 @@ def mapped_by_stubs(stack_id: str) -> set[Path]:
 
 
 def test_up_again_changes_nothing_and_prints_the_same(stack: RunningStack) -> None:
+    stack.wait_healthy()  # a test before this one may have killed something
     pids = {name: stack.pid(name) for name in SERVICES}
     again = make(stack, "up")
     assert again.returncode == 0, again.stderr
     assert "Everything runs already." in again.stdout
     assert stack.api_key in again.stdout
     assert {name: stack.pid(name) for name in SERVICES} == pids
+
+
+def test_up_waits_for_a_program_that_is_only_slow(stack: RunningStack) -> None:
+    stack.wait_healthy()
+    pid = stack.pid("auth")
+    command = (sys.executable, "-u", "-m", "deploy.local.cli", "up")
+    state = {"TOLLGATE_STATE": str(stack.stack.layout.state)}
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **state}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        ) as again:
+            assert again.stdout is not None
+            first = again.stdout.readline()
+            os.kill(pid, signal.SIGCONT)
+            rest, _ = again.communicate(timeout=COMMAND_TIMEOUT_S)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "PostgreSQL" in first
+    assert again.returncode == 0
+    assert "Everything runs already." in rest
+    assert stack.pid("auth") == pid
 
 
 def test_up_on_another_port_is_refused_while_it_runs(stack: RunningStack) -> None:

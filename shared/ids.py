@@ -7,29 +7,10 @@ import re
 import time
 from uuid import UUID
 
+from asyncpg.pgproto.pgproto import UUID as FastUUID
+
+_MS_MAX = (1 << 48) - 1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{8,64}\Z")
-
-
-def uuid7(unix_ms: int | None = None) -> UUID:
-    """A UUIDv7: 48 bits of milliseconds, then 74 random bits."""
-    ms = time.time_ns() // 1_000_000 if unix_ms is None else unix_ms
-    value = int.from_bytes(os.urandom(10), "big")
-    rand_a, rand_b = (value >> 62) & 0xFFF, value & ((1 << 62) - 1)
-    return UUID(int=(ms & ((1 << 48) - 1)) << 80 | 0x7 << 76 | rand_a << 64 | 0b10 << 62 | rand_b)
-
-
-SERVICE_ACCOUNT_VERSION = 8  # RFC 9562 §5.8: custom
-
-
-def service_account_id(unix_ms: int | None = None) -> UUID:
-    """As `uuid7`, and marked, so that whoever sees nothing but a user's id knows that it is nobody's."""
-    made = uuid7(unix_ms)
-    return UUID(int=made.int & ~(0xF << 76) | SERVICE_ACCOUNT_VERSION << 76)
-
-
-def is_service_account(user_id: UUID) -> bool:
-    """Whether a user is a service account and no person."""
-    return user_id.version == SERVICE_ACCOUNT_VERSION
 
 
 class _Randomness:
@@ -56,6 +37,36 @@ class _Randomness:
 
 
 _randomness = _Randomness()
+
+
+def as_uuid(value: str | bytes) -> UUID:
+    """The UUID of that text, or of those 16 bytes. Raises ValueError.
+
+    asyncpg's class, which is a `uuid.UUID` written in C: making, writing and hashing one is 3 to 12 times as fast.
+    """
+    return FastUUID(value)
+
+
+def uuid7(unix_ms: int | None = None) -> UUID:
+    """A UUIDv7: 48 bits of milliseconds, then 74 random bits."""
+    ms = time.time_ns() // 1_000_000 if unix_ms is None else unix_ms
+    random = _randomness.take()
+    variant = "89ab"[int(random[3], 16) & 3]
+    return FastUUID(f"{ms & _MS_MAX:012x}7{random[:3]}{variant}{random[5:]}")
+
+
+SERVICE_ACCOUNT_VERSION = 8  # RFC 9562 §5.8: custom
+
+
+def service_account_id(unix_ms: int | None = None) -> UUID:
+    """As `uuid7`, and marked, so that whoever sees nothing but a user's id knows that it is nobody's."""
+    made = uuid7(unix_ms)
+    return as_uuid((made.int & ~(0xF << 76) | SERVICE_ACCOUNT_VERSION << 76).to_bytes(16, "big"))
+
+
+def is_service_account(user_id: UUID) -> bool:
+    """Whether a user is a service account and no person."""
+    return user_id.version == SERVICE_ACCOUNT_VERSION
 
 
 def request_id() -> str:

@@ -21,6 +21,7 @@ from services.billing.ledger.shards import Shards
 from services.billing.ledger.writer import NotLeading
 from services.billing.service import Prices
 from shared.errors import Internal, InvalidRequest, TollgateError, to_metadata
+from shared.ids import as_uuid
 from shared.rpc import billing_pb2 as pb
 from shared.rpc.billing_pb2_grpc import LedgerServicer
 from shared.telemetry import get_logger
@@ -285,7 +286,7 @@ def _price(price: Price) -> pb.Price:
 
 def _uuid(text: str, name: str) -> UUID:
     try:
-        return UUID(text)
+        return as_uuid(text)
     except ValueError:
         raise InvalidRequest(f"{name} is a UUID.", param=name) from None
 

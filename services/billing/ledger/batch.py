@@ -47,7 +47,7 @@ from services.billing.repository.database import Connection
 from services.billing.repository.ledger import FirstLook, Remembered
 from services.billing.repository.ledger_write import write
 from shared.errors import TollgateError
-from shared.ids import is_service_account
+from shared.ids import as_uuid, is_service_account
 
 SIGNUP_SOURCE = "signup"
 PRICES_AT_ONCE_MAX = 2_000  # if there are no more, all of them are in memory
@@ -374,4 +374,4 @@ class Ids:
         self._next = count(first).__next__
 
     def __call__(self) -> UUID:
-        return UUID(int=self._next())
+        return as_uuid(self._next().to_bytes(16, "big"))

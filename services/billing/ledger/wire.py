@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import orjson
 
@@ -15,6 +14,7 @@ from services.billing.ledger import operations, results
 from services.billing.ledger.operations import Operation
 from services.billing.ledger.results import Result
 from shared.errors import InvalidRequest
+from shared.ids import as_uuid
 
 _KINDS: dict[str, type[Operation]] = {
     cls.kind: cls
@@ -36,7 +36,7 @@ _KINDS: dict[str, type[Operation]] = {
 }
 # How a field is read, by what its class says that it is.
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "UUID": UUID,
+    "UUID": as_uuid,
     "datetime": datetime.fromisoformat,
     "Usage": lambda value: Usage(**value),
 }

@@ -22,7 +22,7 @@ SETTINGS: Mapping[str, str] = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "max_connections": str(MAX_CONNECTIONS),
-    "shared_buffers": "64MB",
+    "shared_buffers": "256MB",
     "password_encryption": "scram-sha-256",
     "logging_collector": "off",
     "log_destination": "stderr",

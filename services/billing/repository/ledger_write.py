@@ -1,6 +1,8 @@
 """What a batch writes: one statement of many parts, each an `unnest` of columns, for any number of rows.
 
-The parts change different tables, or different rows of one, so that their order does not matter.
+The parts change different tables, or different rows of one, so that their order does not matter. The columns are
+unnested side by side in a select list: `FROM unnest(a, b, …)` first stores each of them as rows of one column, which took
+two fifths of PostgreSQL's time.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ class _Part:
 
     def sql(self, first: int) -> str:
         """The part, with its parameters numbered from `first`."""
-        arrays = ", ".join(f"${first + n}::{kind}[]" for n, kind in enumerate(self.columns.values()))
-        columns = ", ".join(self.columns)
-        body = self._statement.format(rows=f"unnest({arrays}) AS u ({columns})", columns=columns, **self._words)
+        arrays = [f"${first + n}::{kind}[]" for n, kind in enumerate(self.columns.values())]
+        rows = ", ".join(f"unnest({array}) AS {name}" for array, name in zip(arrays, self.columns, strict=True))
+        body = self._statement.format(
+            rows=f"(SELECT {rows}) AS u", first=arrays[0], columns=", ".join(self.columns), **self._words
+        )
         return f"{self.name} AS ({body})"
 
 
@@ -86,7 +90,7 @@ _PARTS = (
     _Part(
         "expired_grant",
         {"account_id": "uuid"},
-        "DELETE FROM billing.expiring_grant e USING {rows} WHERE e.account_id = u.account_id",
+        "DELETE FROM billing.expiring_grant WHERE account_id = ANY({first})",
     ),
     _Part(
         "hold",
@@ -113,7 +117,7 @@ _PARTS = (
     _Part(
         "closed_hold",
         {"hold_id": "uuid"},
-        "DELETE FROM billing.open_hold o USING {rows} WHERE o.hold_id = u.hold_id",
+        "DELETE FROM billing.open_hold WHERE hold_id = ANY({first})",
     ),
     _Part(
         "hold_resolution",

@@ -44,7 +44,8 @@ def as_uuid(value: str | bytes) -> UUID:
 
     asyncpg's class, which is a `uuid.UUID` written in C: making, writing and hashing one is 3 to 12 times as fast.
     """
-    return FastUUID(value)
+    made: UUID = FastUUID(value)
+    return made
 
 
 def uuid7(unix_ms: int | None = None) -> UUID:
@@ -52,7 +53,7 @@ def uuid7(unix_ms: int | None = None) -> UUID:
     ms = time.time_ns() // 1_000_000 if unix_ms is None else unix_ms
     random = _randomness.take()
     variant = "89ab"[int(random[3], 16) & 3]
-    return FastUUID(f"{ms & _MS_MAX:012x}7{random[:3]}{variant}{random[5:]}")
+    return as_uuid(f"{ms & _MS_MAX:012x}7{random[:3]}{variant}{random[5:]}")
 
 
 SERVICE_ACCOUNT_VERSION = 8  # RFC 9562 §5.8: custom

@@ -1,8 +1,8 @@
 """What a batch writes: one statement of many parts, each an `unnest` of columns, for any number of rows.
 
 The parts change different tables, or different rows of one, so that their order does not matter. The columns are
-unnested side by side in a select list: `FROM unnest(a, b, …)` first stores each of them as rows of one column, which took
-two fifths of PostgreSQL's time.
+unnested side by side in a select list: `FROM unnest(a, b, …)` first stores each of them as rows of one column, which
+took two fifths of PostgreSQL's time.
 """
 
 from __future__ import annotations

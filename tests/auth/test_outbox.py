@@ -174,6 +174,28 @@ async def test_a_revocation_that_a_failover_of_redis_lost_is_said_again(
         server.kill()
 
 
+async def test_what_redis_knows_is_not_said_again(auth: Auth, components: Components) -> None:
+    """A gateway that knows a key would ask PostgreSQL for it at each request, for as long as all is said again."""
+    user = await auth.user()
+    key = await auth.key(user)
+    answer = await auth.call("PATCH", f"/api/v1/keys/{key['id']}", token=user.access_token, json={"name": "x"})
+    assert answer.status_code == 200
+    other = await auth.key(user)
+    digest, record, version = names(user, key)
+    assert await auth.redis.get(version) == "2"
+    await auth.redis.set(record, '{"v": 1}', ex=300)
+    auth.services.outbox._server = ""  # as of a process that has just begun
+    async with listening(components.redis_url) as channel:
+        await auth.services.outbox.deliver_pending()
+        await auth.call("DELETE", f"/api/v1/keys/{other['id']}", token=user.access_token)
+        async with asyncio.timeout(DEADLINE_S):
+            async for message in channel.listen():
+                assert message["data"] != digest
+                if message["data"] == names(user, other)[0]:
+                    break
+    assert await auth.redis.get(record) == '{"v": 1}'
+
+
 async def test_what_was_delivered_goes_when_no_cache_can_have_it(auth: Auth) -> None:
     user = await auth.user()
     key = await auth.key(user)

@@ -33,8 +33,9 @@ _RAISE_VERSION = """
 local held = tonumber(redis.call('GET', KEYS[1]) or '0') or 0
 if tonumber(ARGV[1]) > held then
     redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+    return 1
 end
-return 1
+return 0
 """
 
 
@@ -83,19 +84,40 @@ class ChangeChannel:
 
     async def announce(self, events: Sequence[Event]) -> None:
         """Deliver changes; saying one twice does no harm. Raises RedisDown when not all of them arrived."""
+        await self._raise_versions(events)
+        await self._make_forget(events)
+
+    async def repeat(self, events: Sequence[Event]) -> None:
+        """Deliver those of which Redis has an older version, or none; that of the others would only cost the gateways
+        what they know. Raises RedisDown.
+        """
+        had_older = await self._raise_versions(events)
+        await self._make_forget([event for event, older in zip(events, had_older, strict=True) if older])
+
+    async def _raise_versions(self, events: Sequence[Event]) -> list[bool]:
+        """Of each, whether Redis had an older version, or none."""
         pipeline = self._redis.pipeline(transaction=False)
-        later = []
         for event in events:
             pipeline.eval(_RAISE_VERSION, 1, _version_name(event), str(event.version), str(apikeys.CACHE_TTL_S))
-            if isinstance(event, KeyEvent):
-                pipeline.delete(apikeys.record_name(event.digest))
-                if isinstance(self._redis, RedisCluster):  # whose pipelines do not publish
-                    later.append(event.digest)
-                else:
-                    pipeline.publish(apikeys.CHANNEL, event.digest)
+        try:
+            return [answer == 1 for answer in await pipeline.execute()]
+        except REDIS_FAILURES as e:
+            raise RedisDown(detail=type(e).__name__) from e
+
+    async def _make_forget(self, events: Sequence[Event]) -> None:
+        """Remove what is cached of keys, in Redis and in every gateway."""
+        digests = [event.digest for event in events if isinstance(event, KeyEvent)]
+        if not digests:
+            return
+        pipeline = self._redis.pipeline(transaction=False)
+        is_cluster = isinstance(self._redis, RedisCluster)  # its pipelines do not publish
+        for digest in digests:
+            pipeline.delete(apikeys.record_name(digest))
+            if not is_cluster:
+                pipeline.publish(apikeys.CHANNEL, digest)
         try:
             await pipeline.execute()
-            for digest in later:
+            for digest in digests if is_cluster else ():
                 await self._redis.publish(apikeys.CHANNEL, digest)
         except REDIS_FAILURES as e:
             raise RedisDown(detail=type(e).__name__) from e

@@ -3,8 +3,8 @@ has them.
 
 A failover of Redis may lose what it had been told last, and with it a revocation: a gateway would find the older
 version there and believe it. So what was delivered is kept for as long as a version is cached; and when the server
-behind the address is another one than before (it names itself by a run id), all of that is said again, for a while:
-until no connection can be left that still speaks to the old one.
+behind the address is another one than before (it names itself by a run id), or this process has just begun, what of it
+Redis does not know is said again, for a while: until no connection can be left that still speaks to the old one.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Outbox:
                     self._kept_since(), after_id=last_id, limit=self._limits.batch_max
                 )
             if events:
-                await self._channel.announce(events)
+                await self._channel.repeat(events)
                 last_id = events[-1].id
             if len(events) < self._limits.batch_max:
                 return

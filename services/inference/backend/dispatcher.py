@@ -34,9 +34,9 @@ from services.inference.backend.job import Job, StopReason
 from services.inference.backend.metrics import EngineMetrics
 from services.inference.backend.scheduler import Cancel, End, Event, Piece, Reply, Scheduler
 
-POLL_S = 0.02
-CHECKS_RUNNING = 6  # asked about in one poll; the others' turn comes in the next
-CHECKS_WAITING = 2
+POLL_S = 0.05  # each wakes this process and the server's, which takes of the engine's time
+CHECKS_RUNNING = 16  # asked about in one poll; the others' turn comes in the next
+CHECKS_WAITING = 5
 METRICS_PUSH_S = 0.2
 BATCH_MAX = 256
 EXIT_HUNG = 70

@@ -127,6 +127,16 @@ async def test_a_stream_of_a_dead_process_is_broken_off(hasty: Chat) -> None:
     assert not hasty.engine.stopped.is_set()
 
 
+async def test_an_answer_ends_with_its_finish_reason_not_with_the_engines_stream(hasty: Chat) -> None:
+    """A stream that never ends is broken off, without a word to an engine that has done its work."""
+    hasty.engine.chat = then_silent(*WORDS, chunk("", 2, "stop"))
+    answer = await hasty.complete()
+    assert answer.status_code == 200, answer.text
+    assert [s.finish_reason for s in hasty.ledger.settled] == ["stop"]
+    await told(hasty.engine.broken)
+    assert not hasty.engine.stopped.is_set()
+
+
 @pytest.mark.parametrize("is_back", [False, True])
 async def test_a_silent_build_that_the_catalogue_lost_is_given_up_early(chat: Chat, is_back: bool) -> None:
     """Long before `chat`'s own time for a first chunk, which no test waits for; also one that was replaced so soon that

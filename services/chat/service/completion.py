@@ -211,8 +211,9 @@ class ChatService:
                         yield Delta(index, fields)
                     work.reasons[index] = reason
                     yield Finished(index, reason)
-        if len(work.reasons) < request.n:
-            raise engine_failed("the stream ended without a finish_reason")
+                    if len(work.reasons) == request.n:
+                        return
+        raise engine_failed("the stream ended without a finish_reason")
 
     def _open(
         self, build: Build, request: ChatRequest, caller: Identity, max_tokens: int, *, one_by_one: bool = False

@@ -7,7 +7,7 @@ alone are enough, and cost about 15 µs less a chunk.
 Leaving. The engine is told, in a call of its own, to end the request, and what is left of its stream is read to the
 end. Who leaves after the finish_reason has nothing to tell: the stream ends by itself, a message later, and no answer
 waits for that. Cancelling the call would do the same, but tritonserver 2.51 may crash when a cancellation meets the end
-of its stream (server#8034): one of some thousands does. It is left for streams that do not end: those of dead processes.
+of its stream (server#8034): one of some thousands does. It is left for streams without an end: of dead processes.
 
 Failure modes. An engine error arrives as a reply's `error_message`, JSON {"code", "message"}; any other text there is
 Triton's own (model not loaded, stub unhealthy). A server that dies breaks the call: UNAVAILABLE. A stub that dies

@@ -8,8 +8,6 @@ from uuid import UUID
 
 import orjson
 
-from shared.ids import as_uuid
-
 
 @dataclass(frozen=True, slots=True)
 class Granted:
@@ -128,7 +126,7 @@ def result_from_json(kind: str, text: str) -> Result:
     values = orjson.loads(text)
     for name in _UUIDS:
         if name in values:
-            values[name] = as_uuid(values[name])
+            values[name] = UUID(values[name])
     if "expires_at" in values:
         values["expires_at"] = datetime.fromisoformat(values["expires_at"])
     return _RESULTS[kind](**values)

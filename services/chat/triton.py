@@ -142,10 +142,10 @@ class TritonClient:
 
     async def _leave(self, build: Build, id_: str, call: _Call) -> None:
         """Have a request ended: see the module. Never raises."""
-        asked = _request(build, "", {"op": "cancel", "request": id_}, LEAVE_TIMEOUT_S, {})
         until_s = time.monotonic() + LEAVE_TIMEOUT_S
         while time.monotonic() < until_s:
             if not call.is_ending:
+                asked = _request(build, "", {"op": "cancel", "request": id_}, LEAVE_TIMEOUT_S, {})
                 with contextlib.suppress(aio.AioRpcError):
                     async for _ in self._open(build, asked, LEAVE_TIMEOUT_S):
                         pass

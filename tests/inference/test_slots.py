@@ -35,6 +35,15 @@ def test_a_conversation_comes_back_to_its_slot() -> None:
         assert table.claim("a", conversation(text, "more")) == (earlier[text].slot, True)
 
 
+def test_another_question_about_a_long_document_finds_it() -> None:
+    table = SlotTable(3)
+    document = "a document, " * 100
+    table.give_back(table.claim("a", conversation("something else")))
+    held = table.claim("a", conversation(document + "What is it about?"))
+    table.give_back(held)
+    assert table.claim("a", conversation(document + "Who wrote it?")) == (held.slot, True)
+
+
 def test_another_tenant_gets_an_empty_slot_first_then_the_oldest_and_reuses_neither() -> None:
     table = SlotTable(2)
     of_a = table.claim("a", conversation("same"))

@@ -14,8 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+BLOCK_CHARACTERS = 256
+
 Fingerprint = tuple[int, ...]
-"""A hash for each message: two conversations have as many in common as they begin alike."""
+"""A hash for each block of each message: two conversations have as many in common as they begin alike, also where a
+long first message, a document, is followed by another question."""
 
 
 class Lease(NamedTuple):
@@ -63,10 +66,11 @@ class SlotTable:
 
 
 def fingerprint(request: Mapping[str, Any]) -> Fingerprint:
-    """Of the tools and the messages of a chat body. Hashes are of this process only."""
+    """Of the tools and the messages of a chat body, or of its prompt. Hashes are of this process only."""
     tools = request.get("tools")
     parts: Sequence[Any] = [*([tools] if tools else ()), *request.get("messages", (request.get("prompt"),))]
-    return tuple(hash(json.dumps(part)) for part in parts)
+    texts = [json.dumps(part) for part in parts]
+    return tuple(hash(text[at : at + BLOCK_CHARACTERS]) for text in texts for at in range(0, len(text), BLOCK_CHARACTERS))
 
 
 def _common(one: Fingerprint, other: Fingerprint) -> int:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 from grpc import aio
@@ -29,11 +30,15 @@ SETUP_TIMEOUT_S = 60
 SETUP_RETRY_S = 0.5
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
+PIECE_BYTES_MAX = 64 * 1024
+
+_HEAD_END, _LAST_CHUNK = b"\r\n\r\n", b"\r\n0\r\n\r\n"
 _CONTENT = b'"content":"'
 _NO_CONTENT = b'"content":""'
 _COMPLETION = re.compile(rb'"completion_tokens":(\d+)')
 
 Body = Mapping[str, Any]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Result = dict[str, float]
 Round = tuple[list[Result], float]
 """The results of some requests, and the wall time of all of them in seconds."""
@@ -79,25 +84,48 @@ async def drive(pieces: Callable[[Body], AsyncIterator[bytes]], bodies: Sequence
 
 
 class Http:
-    """A server of OpenAI's API. `key` is the customer's. Close it."""
+    """A server of OpenAI's API. `key` is the customer's. Close it.
+
+    HTTP of its own, since a client library's costs as much as a server's: the answer's bytes as they come, chunks'
+    framing and all.
+    """
 
     def __init__(self, url: str, key: str, *, keeps_alive: bool) -> None:
-        connector = aiohttp.TCPConnector(limit=0, force_close=not keeps_alive)
-        self._session = aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {key}"})
-        self._url = f"{url}/v1/chat/completions"
+        parts = urlsplit(url)
+        self._address = (parts.hostname or "", parts.port or 80)
+        self._keeps_alive = keeps_alive
+        self._head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {key}\r\n"
+            f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\nContent-Type: application/json\r\n"
+        ).encode()
+        self._idle: list[Connection] = []
 
     async def drive(self, bodies: Sequence[Body], concurrency: int) -> Round:
         return await drive(self._pieces, bodies, concurrency)
 
     async def close(self) -> None:
-        await self._session.close()
+        for _, writer in self._idle:
+            writer.close()
+            await writer.wait_closed()
 
     async def _pieces(self, body: Body) -> AsyncIterator[bytes]:
-        async with self._session.post(self._url, json={**body, **STREAM}) as response:
-            if response.status != 200:
-                raise RuntimeError(f"{response.status}: {await response.text()}")
-            async for piece in response.content.iter_any():
-                yield piece
+        content = json.dumps({**body, **STREAM}).encode()
+        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        writer.write(b"%bContent-Length: %d\r\n\r\n%b" % (self._head, len(content), content))
+        head = await reader.readuntil(_HEAD_END)
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError((head + await reader.read(PIECE_BYTES_MAX)).decode(errors="replace"))
+        last = b""
+        while not last.endswith(_LAST_CHUNK):
+            piece = await reader.read(PIECE_BYTES_MAX)
+            if not piece:
+                raise RuntimeError(f"the connection ended after {last!r}")
+            yield piece
+            last = (last + piece)[-len(_LAST_CHUNK) :]
+        if self._keeps_alive:
+            self._idle.append((reader, writer))
+        else:
+            writer.close()
 
 
 class Triton:

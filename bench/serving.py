@@ -11,8 +11,8 @@ What makes the paths comparable:
   context, batches, caches); one customer may use every slot, as the bare engine's callers may;
 - the same questions of one customer, every request with letters of its own in front, so that no prompt is in any cache
   beyond the template's head, which each slot keeps on every path (one that goes over to another customer computes it
-  anew: 5 of about 24 tokens, 16 ms of the large model's). Letters, as numbers in turn begin alike: the bare engine, which
-  looks for the most alike of its slots, then computed 1 to 3 tokens, 3 to 9 ms, less than a path that does not. The
+  anew: 5 of about 24 tokens, 16 ms of the large model's). Letters, as numbers in turn begin alike: the bare engine,
+  which looks for the slot most alike, then computed 1 to 3 tokens, 3 to 9 ms, less than a path that does not. The
   lengths are the same (the end-of-text token is biased away), and differ from request to request;
 - each path is warmed up; then rounds of all paths, in another order each time. A ratio is taken within each round, from
   what ran within seconds, and the median over the rounds counts; `low` and `high` are the rounds' extremes;
@@ -44,6 +44,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from bench import models, report, stack, stages
 from bench.clients import BareEngine, Customer, Drive, Http, Result, Triton, customer
@@ -309,7 +311,7 @@ def main() -> None:
         models.repository(repository)
         say("the models are made")
         with stack.running(TOLLGATE_MODEL_REPOSITORY=str(repository)) as environment:
-            found = asyncio.run(measure(environment, repository, rounds))
+            found = uvloop.run(measure(environment, repository, rounds))
     others = others_share(found)
     report.write("serving", figures(found), aims(found), rounds=rounds, others_share=round(others, 3))
     if others > OTHERS_SHARE_MAX:

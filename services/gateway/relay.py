@@ -126,6 +126,7 @@ class Relay:
         self._tracer = trace.get_tracer("tollgate") if tracing else None
         self._signed: dict[tuple[str, str, str], tuple[float, Identity, bytes]] = {}
         self._active: set[Relayed] = set()
+        self._ended: list[tuple[Relayed, float]] = []  # and not noted yet
         http_metrics.in_flight.set_function(lambda: len(self._active))
         self._is_sweeping = False
 
@@ -141,23 +142,20 @@ class Relay:
             self.loop.call_later(SWEEP_S, self._sweep)
 
     def ended(self, exchange: Relayed, lease: Lease | None) -> None:
-        """A request was answered, or never will be."""
+        """A request was answered, or never will be. What is noted of it waits until the answer has left, as it does
+        at the end of the loop's turn that wrote it."""
         self._active.discard(exchange)
         if lease is not None:
             self.admission.release(lease)
-        duration_s = self.now_s() - exchange.began_s
-        ended_at = datetime.now(UTC)
-        self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
-        self._usage.record(exchange, ended_at, duration_s)
-        self._access_log.write(exchange, ended_at, duration_s)
-        if exchange.span is not None:
-            exchange.span.set_attribute("http.response.status_code", exchange.status)
-            exchange.span.end()
+        if not self._ended:
+            self.loop.call_soon(self._note)
+        self._ended.append((exchange, self.now_s() - exchange.began_s))
 
     def close(self) -> None:
         """Break what still runs, once the drain's time is over."""
         for exchange in list(self._active):
             exchange.client_gone()
+        self._note()
 
     def own_lines(self, exchange: Relayed, head: RequestHead) -> bytes:
         """What the gateway itself tells the service: who asks, from where, under which id; cookies only to auth."""
@@ -220,6 +218,17 @@ class Relay:
             status=exchange.status or error.status,
             detail=error.detail,
         )
+
+    def _note(self) -> None:
+        ended, self._ended = self._ended, []
+        ended_at = datetime.now(UTC)
+        for exchange, duration_s in ended:
+            self._metrics.observe(exchange.method, exchange.route, exchange.status, duration_s)
+            self._usage.record(exchange, ended_at, duration_s)
+            self._access_log.write(exchange, ended_at, duration_s)
+            if exchange.span is not None:
+                exchange.span.set_attribute("http.response.status_code", exchange.status)
+                exchange.span.end()
 
     def _sweep(self) -> None:
         now_s = self.now_s()

@@ -110,7 +110,7 @@ class Http:
 
     async def _pieces(self, body: Body) -> AsyncIterator[bytes]:
         content = json.dumps({**body, **STREAM}).encode()
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+        reader, writer = await self._connection()
         writer.write(b"%bContent-Length: %d\r\n\r\n%b" % (self._head, len(content), content))
         head = await reader.readuntil(_HEAD_END)
         if not head.startswith(b"HTTP/1.1 200"):
@@ -126,6 +126,15 @@ class Http:
             self._idle.append((reader, writer))
         else:
             writer.close()
+
+    async def _connection(self) -> Connection:
+        """One that the server has not given up meanwhile."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
 
 
 class Triton:

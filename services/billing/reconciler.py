@@ -31,7 +31,7 @@ LOCK_ID = 0x7011_4EC0
 class ReconcilerLimits:
     """How much a pass looks at, and the pause after it."""
 
-    interval_s: float = 1.0
+    interval_s: float = 5.0
     wallets_max: int = 200
     transfers_max: int = 5_000
     holds_max: int = 2_000

@@ -32,7 +32,7 @@ class BillingSettings(StorefrontSettings):
     billing_sweep_batch_max: int = Field(default=200, ge=1)
     billing_hold_grace_s: float = Field(default=30, ge=0)  # the life that callers give a hold between heartbeats
     billing_gauges_interval_s: float = Field(default=15, gt=0)
-    billing_reconcile_interval_s: float = Field(default=1, gt=0)
+    billing_reconcile_interval_s: float = Field(default=5, gt=0)
     billing_reconcile_transfers_max: int = Field(default=5_000, ge=1)
     billing_reconcile_holds_max: int = Field(default=2_000, ge=1)
     billing_partition_months_ahead: int = Field(default=3, ge=1, le=24)

@@ -74,18 +74,18 @@ class Outbox:
         be more. Raises RedisDown.
         """
         await self._repeat_after_failover()
-        more, waiting = False, 0
-        for table in TABLES:
-            async with self._sessions() as session:
+        batches, waiting = [], 0
+        async with self._sessions() as session:
+            for table in TABLES:
                 repository = OutboxRepository(session, table)
-                events = await repository.pending(self._limits.batch_max)
+                batches.append(events := await repository.pending(self._limits.batch_max))
                 waiting += await repository.count_pending() if events else 0
-            self._metrics.outbox_pending.set(waiting)
+        self._metrics.outbox_pending.set(waiting)
+        for events in batches:
             if events:
                 await self._channel.announce(events)
                 await self._mark_delivered(events)
-            more = more or len(events) == self._limits.batch_max
-        return more
+        return any(len(events) == self._limits.batch_max for events in batches)
 
     async def prune(self) -> bool:
         """Delete one batch of what no cache can contradict any more; whether there may be more."""

@@ -70,7 +70,9 @@ def fingerprint(request: Mapping[str, Any]) -> Fingerprint:
     tools = request.get("tools")
     parts: Sequence[Any] = [*([tools] if tools else ()), *request.get("messages", (request.get("prompt"),))]
     texts = [json.dumps(part) for part in parts]
-    return tuple(hash(text[at : at + BLOCK_CHARACTERS]) for text in texts for at in range(0, len(text), BLOCK_CHARACTERS))
+    return tuple(
+        hash(text[at : at + BLOCK_CHARACTERS]) for text in texts for at in range(0, len(text), BLOCK_CHARACTERS)
+    )
 
 
 def _common(one: Fingerprint, other: Fingerprint) -> int:

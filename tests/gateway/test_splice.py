@@ -80,6 +80,7 @@ async def answered(parts: list[bytes]) -> Outcome:
     got, is_client_closed = wired.client.take(), wired.client.is_closed
     outcome = (got, b"", True) if b" 200 " not in got[:16] else read_chunked(got)
     wired.close()
+    await wired.settle()
     return Outcome(*outcome, is_client_closed, is_service_closed, usage.bytes_out)
 
 

@@ -137,6 +137,20 @@ async def test_chunks_are_spliced_and_counted(wired: Wired) -> None:
     assert (await answered([HEAD, *[chunk(EVENT)] * 4])).bytes_out == [4 * len(EVENT)]
 
 
+async def test_what_the_end_of_the_process_breaks_is_noted_before_the_log_is_closed() -> None:
+    usage = Usage()
+    wired = Wired(usage=usage)
+    wired.front.data_received(ASK)
+    await wired.settle()
+    for part in (HEAD, chunk(EVENT)):
+        wired.back.data_received(part)
+    wired.relay.close()  # the log is flushed in the same turn of the loop
+    assert usage.bytes_out == [len(EVENT)]
+    await wired.settle()
+    assert len(usage.bytes_out) == 1
+    wired.close()
+
+
 async def test_what_is_spliced_is_what_the_parser_would_have_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole and damaged streams in any pieces, with the splice and without it."""
     chance = random.Random(20261121)
